@@ -1,0 +1,3 @@
+"""Tandem post-trains language models with reinforcement learning, in one readable loop."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,118 @@
+"""A run: its sections, their agreement, and what follows from their sizes."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from tandem.config.sections import (
+    Algorithm,
+    Checkpoint,
+    Data,
+    Eval,
+    Journal,
+    Learner,
+    Model,
+    Reference,
+    Reward,
+    Sampling,
+    Section,
+    Warmup,
+)
+
+
+class Run(Section):
+    """Everything a run is. The resolved form is saved as `config.yaml` in the run folder."""
+
+    run_dir: str
+    """Folder of the run; `runs/<recipe>` unless given."""
+    steps: int = Field(100, ge=0)
+    """Passes of the loop: sample, score, update, publish."""
+    seed: int = Field(0, ge=0)
+    """Every random number of the run follows from it."""
+    device: str = "auto"
+    """`auto` for the accelerator if there is one, else `cpu`; or a device by name, such as `cuda:1`."""
+    threads: int | None = Field(None, gt=0)
+    """CPU threads for tensor work; null for the cores this process may use."""
+    model: Model
+    data: Data
+    warmup: Warmup | None = None
+    """Supervised stage before the first step; only for `model.new` on a task of the project's own."""
+    sampling: Sampling = Sampling()
+    reward: Reward
+    algorithm: Algorithm = Algorithm()
+    learner: Learner = Learner()
+    reference: Reference = Reference()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    journal: Journal = Journal()
+
+    @property
+    def rollouts_per_step(self) -> int:
+        return self.sampling.prompts_per_step * self.sampling.answers_per_prompt
+
+    @property
+    def total_updates(self) -> int:
+        return self.steps * self.learner.updates_per_step * self.learner.epochs_per_step
+
+    @property
+    def on_policy(self) -> bool:
+        """One update per step with fresh answers: the importance ratio is 1."""
+        return (
+            self.learner.updates_per_step * self.learner.epochs_per_step == 1 and self.sampling.max_lag == 0
+        )
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.algorithm.kl.coef > 0
+
+    @property
+    def old_logp(self) -> Literal["none", "recompute", "rollout"]:
+        """Where the ratio's denominator comes from; none where the ratio is 1."""
+        if self.algorithm.old_logp == "auto":
+            return "none" if self.on_policy else "recompute"
+        return self.algorithm.old_logp
+
+    def refreshes_reference(self, steps_done: int) -> bool:
+        every = self.reference.refresh_every
+        return every is not None and steps_done % every == 0
+
+    def arithmetic(self) -> str:
+        """The sizes of a step in one sentence."""
+        s, learner = self.sampling, self.learner
+        per_update = self.rollouts_per_step // learner.updates_per_step
+        times = f" x {learner.epochs_per_step} epochs" if learner.epochs_per_step > 1 else ""
+        policy = "on-policy" if self.on_policy else "only the first update of a step is on-policy"
+        if s.max_lag:
+            policy = f"answers at most {s.max_lag} steps old"
+        return (
+            f"{s.prompts_per_step} prompts x {s.answers_per_prompt} answers = {self.rollouts_per_step} rollouts"
+            f" -> {learner.updates_per_step} update{'s' * (learner.updates_per_step > 1)} of {per_update}{times},"
+            f" in forwards of at most {learner.tokens_per_forward:,} tokens ({policy})"
+        )
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Run":
+        learner, s = self.learner, self.sampling
+        if s.prompts_per_step % learner.updates_per_step:
+            raise ValueError(
+                f"learner.updates_per_step={learner.updates_per_step} must divide "
+                f"sampling.prompts_per_step={s.prompts_per_step}: whole groups go into an update"
+            )
+        if s.temperature == 0:
+            raise ValueError("sampling.temperature=0 is greedy: every group would hold one answer many times")
+        if s.min_answer_tokens > s.max_answer_tokens:
+            raise ValueError("sampling.min_answer_tokens is above sampling.max_answer_tokens")
+        if self.reward.overlong_buffer > s.max_answer_tokens:
+            raise ValueError("reward.overlong_buffer is above sampling.max_answer_tokens")
+        if self.warmup and not (self.model.new and self.data.train.startswith("tandem:")):
+            raise ValueError(
+                "warmup needs model.new and a task of the project's own (data.train=tandem:NAME)"
+            )
+        names = [f.name for f in self.reward.functions]
+        if self.eval.correct and self.eval.correct not in names:
+            raise ValueError(f"eval.correct={self.eval.correct!r} is not one of reward.functions: {names}")
+        if self.model.lora and self.reference.refresh_every:
+            raise ValueError(
+                "reference.refresh_every needs full weights: with model.lora the reference is the base"
+            )
+        return self

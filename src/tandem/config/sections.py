@@ -1,0 +1,360 @@
+"""The sections of a run. Each docstring under a field is its documentation: `tandem explain`, docs/config.md.
+
+Sizes are said in these words only: prompts_per_step, answers_per_prompt, updates_per_step, tokens_per_forward.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        protected_namespaces=(),
+    )
+
+
+class NewModel(Section):
+    """The shape of a small Qwen2 model with random weights and a byte-level tokenizer, made on the spot."""
+
+    hidden_size: int = Field(128, gt=0, multiple_of=8)
+    """Width of the model."""
+    layers: int = Field(2, gt=0)
+    """Number of transformer layers."""
+    heads: int = Field(4, gt=0)
+    """Attention heads; must divide `hidden_size`."""
+    kv_heads: int = Field(2, gt=0)
+    """Key/value heads; must divide `heads`."""
+    max_positions: int = Field(1024, gt=0)
+    """Longest prompt plus answer, in tokens."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "NewModel":
+        if self.hidden_size % self.heads or self.heads % self.kv_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of heads={self.heads}, "
+                f"and heads a multiple of kv_heads={self.kv_heads}"
+            )
+        return self
+
+
+class Lora(Section):
+    """Low-rank adapters through PEFT; the reference is then the same model with the adapter off."""
+
+    rank: int = Field(16, gt=0)
+    """Rank of the adapters."""
+    alpha: float = Field(32.0, gt=0)
+    """Scale: the adapter adds alpha/rank * B A."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input. Not 0 makes sampler and trainer disagree; the step-0 check then stops."""
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the modules that get an adapter."""
+
+
+class Model(Section):
+    """The policy, and what of it trains."""
+
+    path: str | None = None
+    """Folder (or hub name) of a Hugging Face causal language model. Give this or `model.new`."""
+    new: NewModel | None = None
+    """Make a small random model instead of loading one."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of the weights in the forward pass. With bf16 the optimizer keeps fp32 master weights."""
+    trust_remote_code: bool = False
+    """Run Python code that the model folder brings along. Never read from the folder itself."""
+    lora: Lora | None = None
+    """Train adapters instead of all weights."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Model":
+        if (self.path is None) == (self.new is None):
+            raise ValueError("give exactly one of model.path and model.new")
+        return self
+
+
+class Columns(Section):
+    """Which column of the data plays which part."""
+
+    question: str = "question"
+    """Column with the question: text, or a list of chat messages (role, content)."""
+    truth: str | None = "answer"
+    """Column with the checkable answer; null where the reward needs none."""
+    system: str | None = None
+    """Column with a system message for each row."""
+
+
+class Data(Section):
+    """Questions with checkable answers, and how the model reads them."""
+
+    train: str = Field(...)
+    """File (jsonl, json, csv, parquet, arrow, txt), folder of such files, hub name, or `tandem:NAME` for a task
+    that the project makes itself (`tandem:addition`, `tandem:countdown`)."""
+    eval: str | None = None
+    """Held-out questions, in the same forms; null for no evaluation."""
+    columns: Columns = Columns()
+    truth_after: str | None = None
+    """Keep only what follows the last occurrence of this text in the truth (GSM8K: `####`)."""
+    template: str = "chat"
+    """`chat` (the tokenizer's own chat template), the name of a built-in template (`qwen_r1`, `qwen_math_r1`,
+    `plain`, ...), or a YAML file with a template of your own."""
+    system: str | None = None
+    """System message for every row; null for the template's own."""
+    max_prompt_tokens: int = Field(512, gt=0)
+    """Prompts longer than this are overlong."""
+    on_overlong: Literal["error", "skip", "truncate"] = "error"
+    """What to do with an overlong prompt; `truncate` keeps its end. The number is reported."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What to do with a row that lacks a column or has the wrong type. The number is reported."""
+    shuffle: bool = True
+    """New order every epoch, from the run's seed."""
+    limit: int | None = Field(None, gt=0)
+    """Use only the first so many rows of the training data."""
+
+
+class Warmup(Section):
+    """Supervised training before the first step, on demonstrations of a task that the project makes itself."""
+
+    steps: int = Field(400, gt=0)
+    """Optimizer updates."""
+    batch: int = Field(64, gt=0)
+    """Demonstrations per update."""
+    lr: float = Field(2e-3, gt=0)
+    """Peak learning rate; linear warm-up over a tenth of the steps, then cosine to a tenth."""
+    wrong_share: float = Field(0.6, ge=0, le=1)
+    """Share of the demonstrations that follow the task's wrong method."""
+
+
+class Sampling(Section):
+    """How many answers are sampled, and from which distribution."""
+
+    prompts_per_step: int = Field(16, gt=0)
+    """Questions in one step."""
+    answers_per_prompt: int = Field(8, gt=0)
+    """Answers sampled to each question: the group."""
+    max_answer_tokens: int = Field(256, gt=0)
+    """Longest answer."""
+    min_answer_tokens: int = Field(0, ge=0)
+    """End tokens are held back until an answer has so many tokens."""
+    temperature: float = Field(1.0, ge=0)
+    """Divides the logits, in the sampler and in the trainer alike; 0 is greedy (evaluation only)."""
+    top_k: int = Field(0, ge=0)
+    """Sample among the k most probable tokens; 0 for all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample among the fewest tokens that hold this much probability."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    """Drop tokens less probable than this share of the most probable one."""
+    repetition_penalty: float = Field(1.0, gt=0)
+    """Divides positive logits of tokens seen so far, multiplies negative ones."""
+    stop: list[str] = []
+    """An answer ends when one of these texts appears in it."""
+    stop_tokens: list[int] = []
+    """Further end tokens, beside those of the model's generation config."""
+    max_lag: int = Field(0, ge=0)
+    """Oldest weights a group may come from, in steps behind the trainer: 0 is on-policy."""
+    slots: int = Field(256, gt=0)
+    """Answers that decode at the same time; more wait their turn."""
+
+
+class RewardFunction(Section):
+    """One term of the reward."""
+
+    name: str
+    """A built-in verifier, `package.module:function`, or `path.py:function`."""
+    weight: float = 1.0
+    """Factor in the sum."""
+    args: dict[str, Any] = {}
+    """Keyword arguments for the function."""
+
+
+class Reward(Section):
+    """What scores an answer, and what happens when scoring fails."""
+
+    functions: list[RewardFunction] = Field(min_length=1)
+    """What scores an answer; the reward is the weighted sum."""
+    workers: int = Field(1, gt=0)
+    """Processes that score."""
+    timeout_s: float = Field(10.0, gt=0)
+    """Seconds for one answer; then its process is killed and replaced."""
+    memory_mb: int = Field(2048, gt=0)
+    """Address space of one process."""
+    on_failure: Literal["mask", "zero", "raise"] = "mask"
+    """A failed score is left out of baseline and loss (`mask`), counts as 0, or ends the run."""
+    max_failure_share: float = Field(0.2, ge=0, le=1)
+    """The run stops when more than this share fails, three steps in a row."""
+    overlong_buffer: int = Field(0, ge=0)
+    """DAPO's soft penalty: it grows over the last so many tokens before `max_answer_tokens`. 0 for none."""
+    overlong_penalty: float = Field(1.0, ge=0)
+    """Penalty at the full length."""
+    permute: bool = False
+    """Control experiment: rewards are shuffled across the answers of a step, so that nothing can be learned."""
+
+
+class Kl(Section):
+    """The pull towards the reference."""
+
+    coef: float = Field(0.0, ge=0)
+    """Strength of the pull towards the reference (beta); 0 leaves the reference out altogether."""
+    place: Literal["loss", "reward"] = "loss"
+    """A term of the loss, or subtracted from the reward of each token."""
+    estimator: Literal["k1", "k2", "k3", "abs"] = "k3"
+    """k1 = logp - ref; k2 = (logp - ref)^2 / 2; k3 = exp(ref - logp) - (ref - logp) - 1; abs = |logp - ref|."""
+    target: float | None = Field(None, gt=0)
+    """Adapt the coefficient so that the KL per token stays here; null for a fixed coefficient."""
+    horizon: int = Field(10000, gt=0)
+    """Answers over which the adaptive coefficient reacts."""
+
+    @model_validator(mode="after")
+    def _gradient(self) -> "Kl":
+        if self.coef and self.place == "loss" and self.estimator == "k1":
+            raise ValueError(
+                "kl.estimator=k1 as a loss has zero expected gradient; use k2 or k3, or kl.place=reward"
+            )
+        return self
+
+
+class Clip(Section):
+    """Bounds on the importance ratio."""
+
+    low: float | None = Field(0.2, gt=0)
+    """Ratio is clipped below at 1 - low; null for no bound."""
+    high: float | None = Field(0.2, gt=0)
+    """Ratio is clipped above at 1 + high; null for no bound."""
+    dual: float | None = Field(None, gt=1)
+    """Bound on the ratio where the advantage is negative (dual-clip PPO); null for none."""
+    kind: Literal["objective", "weight"] = "objective"
+    """`objective`: PPO's minimum of clipped and unclipped. `weight`: the clipped ratio is a constant factor of
+    the log-probability's gradient (CISPO)."""
+
+
+class Algorithm(Section):
+    """Five choices (advantage, ratio, clip, weight, KL) make an algorithm; a preset names them."""
+
+    preset: str = "grpo"
+    """Which file of `recipes/algorithms` (or path to a YAML file) the other keys start from."""
+    advantage: Literal["group", "leave_one_out", "discounted"] = "group"
+    """Baseline: mean of the group; mean of the others in the group; none, with rewards to go."""
+    scale: Literal["group_std", "batch_std", "none"] = "group_std"
+    """Advantages are divided by the unbiased standard deviation of the group; or they are made to have mean 0 and
+    deviation 1 over all tokens of the step."""
+    group_baseline: bool = False
+    """With advantage=discounted: subtract the mean reward of the group first."""
+    discount: float = Field(1.0, gt=0, le=1)
+    """Factor per token for rewards to go (gamma)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Importance ratio per token, or the geometric mean over the answer (GSPO)."""
+    clip: Clip = Clip()
+    weight: Literal["sequence_mean", "token_mean", "sequence_sum", "constant"] = "sequence_mean"
+    """How token losses add up: mean within the answer then over answers; mean over all tokens of the update;
+    sum within, mean over; sum divided by answers times max_answer_tokens (Dr. GRPO)."""
+    kl: Kl = Kl()
+    entropy: float = Field(0.0, ge=0)
+    """Coefficient of the entropy bonus."""
+    keep: Literal["all", "mixed"] = "all"
+    """`mixed`: dynamic sampling, groups whose rewards are all equal are replaced by fresh ones."""
+    max_refills: int = Field(4, ge=0)
+    """Rounds of fresh groups per step under keep=mixed; then the step goes on with what it has."""
+    drop_truncated: bool = False
+    """Answers that ran into the length limit are left out of the loss."""
+    correction: float | None = Field(2.0, gt=0)
+    """Cap of the truncated importance weight between the distribution sampled from and the policy at the start
+    of the step; null for no correction. It is 1 where the two are the same."""
+    old_logp: Literal["auto", "recompute", "rollout"] = "auto"
+    """Where the ratio's denominator comes from. `auto`: left out when one update per step makes the ratio 1,
+    recomputed by the trainer otherwise; `rollout`: the sampler's own figures."""
+
+
+class Optimizer(Section):
+    """AdamW and its learning rate."""
+
+    lr: float = Field(1e-6, ge=0)
+    """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled; not applied to norms and biases."""
+    clip_grad: float | None = Field(1.0, gt=0)
+    """Bound on the gradient's 2-norm over all weights; null for none."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after the warm-up."""
+    warmup_updates: int = Field(0, ge=0)
+    """Updates over which the learning rate rises linearly to its peak."""
+    end_lr: float = Field(0.0, ge=0)
+    """Learning rate that linear and cosine end at."""
+    offload: bool = False
+    """Keep the optimizer's state (and master weights) in host memory."""
+
+
+class Learner(Section):
+    """How a step's answers become updates, and how these fit into memory."""
+
+    updates_per_step: int = Field(1, gt=0)
+    """Optimizer updates that a step's answers are cut into."""
+    epochs_per_step: int = Field(1, gt=0)
+    """Passes over a step's answers."""
+    tokens_per_forward: int = Field(8192, gt=0)
+    """Micro-batches hold at most so many tokens; the result does not depend on it."""
+    logits_mb: int = Field(1024, gt=0)
+    """Logits of a micro-batch above this size are computed in chunks, and again in the backward pass."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    optimizer: Optimizer = Optimizer()
+    max_nonfinite: int = Field(3, gt=0)
+    """The run stops after so many updates in a row with a loss or gradient that is not finite."""
+
+
+class Reference(Section):
+    """The model that the KL term pulls to."""
+
+    path: str | None = None
+    """Folder of the reference model; null for the policy as it was at the start."""
+    refresh_every: int | None = Field(None, gt=0)
+    """Copy the policy into the reference every so many steps; null for never."""
+
+    @model_validator(mode="after")
+    def _own_or_moving(self) -> "Reference":
+        if self.path and self.refresh_every:
+            raise ValueError("reference.path and reference.refresh_every exclude each other")
+        return self
+
+
+class Eval(Section):
+    """Accuracy on held-out questions, sampled and greedy."""
+
+    every: int | None = Field(10, gt=0)
+    """Steps between evaluations; one more before the first step and after the last. null for none at all."""
+    questions: int = Field(200, gt=0)
+    """Held-out questions used, from the start of `data.eval`."""
+    answers: int = Field(4, gt=0)
+    """Answers to each question at `eval.temperature`; accuracy is their mean."""
+    temperature: float = Field(1.0, gt=0)
+    """Temperature of those answers. A greedy answer is always taken beside them."""
+    correct: str | None = None
+    """The reward function that says whether an answer is correct (score above 0); null for the first one."""
+
+
+class Checkpoint(Section):
+    """When the run's state is saved, and how much of it is kept."""
+
+    every: int | None = Field(50, gt=0)
+    """Steps between checkpoints; null for only the last."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints that are kept; older ones go after a newer one was verified."""
+
+
+class Journal(Section):
+    """What a run writes down, and where."""
+
+    sinks: list[Literal["console", "jsonl", "tensorboard", "wandb"]] = ["console", "jsonl"]
+    """Where metrics go; `jsonl` (metrics.jsonl) is always written."""
+    rollouts: Literal["jsonl", "parquet", "none"] = "jsonl"
+    """Format of the rollouts of each step, under `rollouts/`."""
+    rollouts_every: int = Field(1, gt=0)
+    """Steps between two rollout records."""
+    samples: int = Field(3, ge=0)
+    """Answers shown on the console before and after the run."""

@@ -1,0 +1,187 @@
+"""The roles that run the model over whole batches: the actor, which learns, and the reference, which does not."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from tandem.algorithms import policy_loss
+from tandem.config.run import Run
+from tandem.config.sections import Algorithm
+from tandem.errors import RunError
+from tandem.model import LanguageModel, token_logprobs
+from tandem.optimizer import Optimizer
+from tandem.types import Batch, Experience, take, to_device
+
+MIB = 2**20
+
+
+def micro_batches(length_B: Tensor, tokens_per_forward: int) -> list[Tensor]:
+    """Row indices in packs of at most the token budget, longest rows first; a longer row stands alone."""
+    packs: list[list[int]] = []
+    room = 0
+    for row in length_B.argsort(descending=True, stable=True).tolist():
+        length = int(length_B[row])
+        if length > room or not packs:
+            packs.append([])
+            room = max(tokens_per_forward, length)
+        packs[-1].append(row)
+        room -= length
+    return [torch.tensor(pack) for pack in packs]
+
+
+class Scorer:
+    """Log-probabilities of a batch under a model that is not being trained right now."""
+
+    def __init__(self, model: LanguageModel, run: Run) -> None:
+        self.model, self.run = model, run
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch) -> Tensor:
+        """`logp_BT` at the sampled tokens at the sampling temperature, on the CPU; 0 elsewhere."""
+        self.model.module.eval()
+        logp_BT = torch.zeros(batch.tokens_BT.shape)
+        for rows in micro_batches(batch.length_B, self.run.learner.tokens_per_forward):
+            part = to_device(take(batch, rows), self.model.device)
+            part_logp_BT, _ = token_logprobs(
+                self.model,
+                part.tokens_BT,
+                part.mask_BT,
+                part.length_B,
+                temperature=self.run.sampling.temperature,
+                logits_bytes=self.run.learner.logits_mb * MIB,
+            )
+            logp_BT[rows, : part_logp_BT.shape[1]] = part_logp_BT.cpu()
+        return logp_BT
+
+
+class Actor(Scorer):
+    """The policy and its optimizer."""
+
+    def __init__(self, model: LanguageModel, run: Run) -> None:
+        super().__init__(model, run)
+        self.optimizer = Optimizer(model.trainable(), run.learner.optimizer, run.total_updates)
+        self.nonfinite_in_a_row = 0
+        if run.learner.checkpointing:
+            model.network.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def update(self, parts: Sequence[Experience], kl_coef: float) -> dict[str, float]:
+        """One optimizer update per part. Parts without signal and non-finite ones change nothing at all."""
+        totals: dict[str, float] = {}
+        norms, skipped_empty, skipped_nonfinite = [], 0, 0
+        self.model.module.train()
+        lr = self.optimizer.lr
+        for part in parts:
+            rows = live_rows(part, self.run.algorithm)
+            if not len(rows):
+                skipped_empty += 1
+                continue
+            self.optimizer.zero_grad()
+            sums = self._accumulate(take(part, rows), kl_coef)
+            norm = self.optimizer.gradient_norm()
+            if not (norm.isfinite() and torch.isfinite(torch.tensor(sums["loss/total"]))):
+                skipped_nonfinite += 1
+                self._count_nonfinite(part, float(norm))
+                continue
+            self.nonfinite_in_a_row = 0
+            self.optimizer.step(norm)
+            if norms:
+                # Only the first update still has the sampler's weights: later gaps are the policy's own motion.
+                sums = {name: value for name, value in sums.items() if "gap" not in name}
+            norms.append(float(norm))
+            add(totals, sums)
+        self.optimizer.zero_grad()
+        return {
+            **means(totals, len(norms)),
+            "grad_norm": sum(norms) / max(1, len(norms)),
+            "actor/lr": lr,
+            "actor/updates": len(norms),
+            "actor/skipped_empty": skipped_empty,
+            "actor/skipped_nonfinite": skipped_nonfinite,
+        }
+
+    def _accumulate(self, part: Experience, kl_coef: float) -> dict[str, float]:
+        """Gradient of one update, in micro-batches; the loss's weights make their sum independent of the cut."""
+        totals: dict[str, float] = {}
+        for rows in micro_batches(part.length_B, self.run.learner.tokens_per_forward):
+            piece = to_device(take(part, rows), self.model.device)
+            logp_BT, entropy_BT = token_logprobs(
+                self.model,
+                piece.tokens_BT,
+                piece.mask_BT,
+                piece.length_B,
+                temperature=self.run.sampling.temperature,
+                logits_bytes=self.run.learner.logits_mb * MIB,
+            )
+            loss, sums = policy_loss(logp_BT, entropy_BT, piece, self.run.algorithm, kl_coef)
+            loss.backward()
+            add(totals, {name: float(value) for name, value in sums.items()})
+        return totals
+
+    def _count_nonfinite(self, part: Experience, norm: float) -> None:
+        self.nonfinite_in_a_row += 1
+        if self.nonfinite_in_a_row >= self.run.learner.max_nonfinite:
+            raise RunError(
+                f"loss or gradient was not finite (gradient norm {norm}) in {self.nonfinite_in_a_row} updates in a row"
+                f"; the weights are those before them. Groups of the last one: {part.group_B.unique().tolist()}. "
+                "Lower learner.optimizer.lr, or look at the rollouts of this step"
+            )
+
+
+class Reference(Scorer):
+    """Where the KL term pulls to: a model of its own, or the actor's with its adapter off."""
+
+    def __init__(self, model: LanguageModel, run: Run, *, adapter_off: bool) -> None:
+        super().__init__(model, run)
+        self.adapter_off = adapter_off
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        with self.model.base() if self.adapter_off else nullcontext():
+            return super().logprobs(batch)
+
+    @torch.no_grad()
+    def refresh(self, actor: Actor) -> None:
+        """Take over the actor's weights."""
+        ours, theirs = self.model.network.state_dict(), actor.model.network.state_dict()
+        for name, tensor in theirs.items():
+            ours[name].copy_(tensor)
+
+
+def live_rows(part: Experience, algorithm: Algorithm) -> Tensor:
+    """Rows that can have a gradient: without KL and entropy terms a row of zero advantages has none, exactly."""
+    trained_B = part.mask_BT.any(-1)
+    kl_term = part.ref_logp_BT is not None and algorithm.kl.place == "loss"
+    if not (kl_term or algorithm.entropy):
+        trained_B &= (part.advantage_BT * part.weight_BT != 0).any(-1)
+    return trained_B.nonzero().squeeze(1)
+
+
+def add(totals: dict[str, float], sums: dict[str, float]) -> None:
+    """Gather the sums of `policy_loss`: those named `max/*` by their maximum."""
+    for name, value in sums.items():
+        old = totals.get(name, 0.0)
+        totals[name] = max(old, value) if name.startswith("max/") else old + value
+
+
+def means(totals: dict[str, float], updates: int) -> dict[str, float]:
+    """Metrics from the sums of `policy_loss`: losses per update, the rest per trained token."""
+    tokens = max(1.0, totals.get("tokens", 0.0))
+
+    def mean(name: str, over: float = tokens) -> float:
+        return totals.get(name, 0.0) / over
+
+    return {
+        "actor/pg_loss": mean("loss/pg", max(1, updates)),
+        "actor/kl_loss": mean("loss/kl", max(1, updates)),
+        "actor/loss": mean("loss/total", max(1, updates)),
+        "actor/entropy": mean("entropy"),
+        "actor/pg_clipfrac": mean("clip_low") + mean("clip_high"),
+        "actor/pg_clipfrac_low": mean("clip_low"),
+        "actor/pg_clipfrac_high": mean("clip_high"),
+        "actor/ppo_kl": mean("ppo_kl"),
+        "actor/ratio_mean": mean("ratio"),
+        "actor/ratio_max": totals.get("max/ratio", 1.0),
+        "rollout/logp_gap_mean": mean("gap", max(1.0, totals.get("gap_tokens", 0.0))),
+        "rollout/logp_gap_max": totals.get("max/gap", 0.0),
+    }

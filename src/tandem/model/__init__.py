@@ -1,0 +1,7 @@
+"""Models: load, forward, log-probabilities."""
+
+from tandem.model.language_model import LanguageModel
+from tandem.model.load import describe, load, load_frozen, tokenizer_of
+from tandem.model.logprobs import token_logprobs
+
+__all__ = ["LanguageModel", "describe", "load", "load_frozen", "token_logprobs", "tokenizer_of"]

@@ -1,0 +1,131 @@
+"""Load a Hugging Face folder, or make a small model of one's own, ready to train and to decode."""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tandem.config.sections import Lora, Model
+from tandem.errors import ConfigError
+from tandem.model.attention import NAME
+from tandem.model.language_model import LanguageModel
+from tandem.model.new import new_network, new_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def tokenizer_of(config: Model) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer, without its weights."""
+    if config.new is not None:
+        return new_tokenizer()
+    return load_tokenizer(existing(config.path), config.trust_remote_code)
+
+
+def load(
+    config: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    *,
+    seed: int = 0,
+    resume: Path | None = None,
+) -> LanguageModel:
+    """The policy: weights from `resume` (a checkpoint's model folder) if given, else as the config says."""
+    dtype = DTYPES[config.dtype]
+    source = "model.new" if config.new is not None else existing(config.path)
+    if resume is not None and config.lora is None:
+        network = load_network(str(resume), dtype, config.trust_remote_code)
+    elif config.new is not None:
+        network = new_network(config.new, tokenizer, seed).to(dtype)
+    else:
+        network = load_network(source, dtype, config.trust_remote_code)
+    module: PreTrainedModel | PeftModel = network
+    if config.lora is not None:
+        module = with_adapter(network, config.lora, seed, resume)
+    model = LanguageModel(module.to(device), tokenizer, source)
+    model.check_forward()
+    return model
+
+
+def load_frozen(
+    path: str, dtype: str, device: torch.device, trust_remote_code: bool = False
+) -> LanguageModel:
+    """A model that is only read: a reference."""
+    source = existing(path)
+    network = load_network(source, DTYPES[dtype], trust_remote_code).to(device).requires_grad_(False)
+    model = LanguageModel(network.eval(), load_tokenizer(source, trust_remote_code), source)
+    model.check_forward()
+    return model
+
+
+def existing(path: str | None) -> str:
+    """A folder with a config.json, or a name to look up on the hub."""
+    assert path is not None
+    folder = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or folder.exists() or path.count("/") != 1
+    if looks_local and not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.is_dir() else "does not exist"
+        raise ConfigError(f"model.path={path} {what}; give the folder of a Hugging Face model")
+    return str(folder) if looks_local else path
+
+
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as cause:
+        raise ConfigError(
+            f"model.path={source}: the tokenizer cannot be loaded: {first_line(cause)}"
+        ) from cause
+
+
+def load_network(source: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Weights from safetensors only; every tensor that the architecture needs must be there."""
+    try:
+        network, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            attn_implementation=NAME,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as cause:
+        raise ConfigError(f"model.path={source} cannot be loaded: {first_line(cause)}") from cause
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:5])
+        raise ConfigError(
+            f"model.path={source} lacks {len(report['missing_keys'])} weights: {missing}; download the folder again"
+        )
+    return network
+
+
+def with_adapter(network: PreTrainedModel, lora: Lora, seed: int, resume: Path | None) -> PeftModel:
+    if resume is not None:
+        return PeftModel.from_pretrained(network, str(resume), is_trainable=True)
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(network, config)
+    except ValueError as cause:
+        raise ConfigError(f"model.lora.targets={lora.targets}: {first_line(cause)}") from cause
+
+
+def describe(path: str) -> AutoConfig:
+    """The model's config without its weights, for checks before a long start."""
+    return AutoConfig.from_pretrained(existing(path))
+
+
+def first_line(cause: BaseException) -> str:
+    return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__

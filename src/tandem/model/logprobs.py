@@ -1,0 +1,59 @@
+"""Log-probabilities of sampled tokens: the only place that knows that logits at t-1 predict token t."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tandem.model.attention import Rows
+from tandem.model.language_model import LanguageModel
+
+
+def token_logprobs(
+    model: LanguageModel,
+    tokens_BT: Tensor,
+    mask_BT: Tensor,
+    length_B: Tensor,
+    *,
+    temperature: float,
+    logits_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """`logp_BT` and `entropy_BT` (nats) at the masked tokens, 0 elsewhere, of softmax(logits / temperature).
+
+    The output head runs only where a masked token is predicted; above `logits_bytes` of logits it runs in chunks
+    whose logits are computed again in the backward pass.
+    """
+    assert not mask_BT[:, 0].any(), "the first token of a row has no prediction"
+    rows = Rows(length_B)
+    hidden_NH = model.hidden(rows.line(tokens_BT), rows.position_N, rows)
+    masked_N = rows.line(mask_BT)
+    predictor_M = masked_N.nonzero().squeeze(1) - 1
+    chosen_M = rows.line(tokens_BT)[masked_N]
+    hidden_MH = hidden_NH.index_select(0, predictor_M)
+
+    def head(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        return chosen_logprobs(model.logits(hidden) / temperature, chosen)
+
+    size = max(1, logits_bytes // (4 * model.vocab_size))
+    if len(chosen_M) <= size:
+        logp_M, entropy_M = head(hidden_MH, chosen_M)
+    else:
+        parts = [
+            checkpoint(head, hidden_MH[cut], chosen_M[cut], use_reentrant=False)
+            for cut in slices(len(chosen_M), size)
+        ]
+        logp_M, entropy_M = (torch.cat(column) for column in zip(*parts))
+    empty_BT = torch.zeros(tokens_BT.shape, device=tokens_BT.device)
+    return empty_BT.masked_scatter(mask_BT, logp_M), empty_BT.masked_scatter(mask_BT, entropy_M)
+
+
+def chosen_logprobs(logits_MV: Tensor, chosen_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of the chosen entry of each row, and the row's entropy in nats."""
+    logp_MV = logits_MV.log_softmax(-1)
+    entropy_M = -(logp_MV.exp() * logp_MV).sum(-1)
+    return logp_MV.gather(-1, chosen_M[:, None]).squeeze(-1), entropy_M
+
+
+def slices(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, total, size))

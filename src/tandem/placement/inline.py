@@ -1,0 +1,128 @@
+"""Everything in one process: the sampler decodes with the very weights that the actor trains."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tandem.algorithms import KlController
+from tandem.config.run import Run
+from tandem.data.cursor import Cursor
+from tandem.data.prompts import PromptSet
+from tandem.data.template import Renderer
+from tandem.engine import EmbeddedEngine, SamplingParams
+from tandem.errors import ConfigError
+from tandem.learner import Actor, Reference
+from tandem.model import LanguageModel, load_frozen
+from tandem.rewards.scorer import Scorer
+from tandem.rewards.watch import FailureWatch
+from tandem.rollout import Sampler, Stream
+
+
+@dataclass(slots=True, kw_only=True)
+class Roles:
+    """What the loop sees."""
+
+    actor: Actor
+    reference: Reference | None
+    sampler: Sampler
+    stream: Stream
+    kl: KlController
+
+    def publish(self, version: int) -> None:
+        """Give the sampler the actor's weights. In one process they are the same, so only the number moves."""
+        self.sampler.version = version
+
+
+def build(
+    run: Run, model: LanguageModel, prompts: PromptSet, scorer: Scorer, reference_folder: Path | None = None
+) -> Roles:
+    """The roles of a run around a loaded policy. `reference_folder` holds the reference of a resumed run."""
+    engine = EmbeddedEngine(model, run.sampling.slots, run.learner.tokens_per_forward)
+    params = sampling_params(run, prompts.template)
+    sampler = Sampler(engine, scorer, model.tokenizer, run, params, model.stop_tokens | params.stop_tokens)
+    kl = run.algorithm.kl
+    return Roles(
+        actor=Actor(model, run),
+        reference=reference_of(run, model, reference_folder) if run.needs_reference else None,
+        sampler=sampler,
+        stream=Stream(
+            sampler=sampler,
+            prompts=prompts,
+            cursor=Cursor(len(prompts.prompts), run.seed, run.data.shuffle),
+            watch=FailureWatch(run.reward.max_failure_share),
+        ),
+        kl=KlController(kl.coef, kl.target, kl.horizon),
+    )
+
+
+def sampling_params(run: Run, template: Renderer) -> SamplingParams:
+    """The run's own settings; the template's ends of an answer come on top."""
+    s = run.sampling
+    return SamplingParams(
+        temperature=s.temperature,
+        top_k=s.top_k,
+        top_p=s.top_p,
+        min_p=s.min_p,
+        repetition_penalty=s.repetition_penalty,
+        min_tokens=s.min_answer_tokens,
+        max_tokens=s.max_answer_tokens,
+        stop=(*s.stop, *template.stop),
+        stop_tokens=frozenset((*s.stop_tokens, *template.stop_tokens)),
+    )
+
+
+def reference_of(run: Run, model: LanguageModel, folder: Path | None) -> Reference:
+    """The model that the KL term pulls to: a given one, the policy without its adapter, or its copy."""
+    if run.reference.path is not None:
+        reference = load_frozen(
+            run.reference.path, run.model.dtype, model.device, run.model.trust_remote_code
+        )
+        check_vocabulary(model.tokenizer, reference.tokenizer, run.reference.path)
+        if reference.vocab_size != model.vocab_size:
+            raise ConfigError(
+                f"reference.path={run.reference.path} has {reference.vocab_size} output rows and the policy has "
+                f"{model.vocab_size}: token probabilities cannot be compared; use a reference of the same family"
+            )
+        return Reference(reference, run, adapter_off=False)
+    if run.model.lora is not None:
+        return Reference(model, run, adapter_off=True)
+    if folder is not None:
+        frozen = load_frozen(str(folder), run.model.dtype, model.device, run.model.trust_remote_code)
+        return Reference(frozen, run, adapter_off=False)
+    network = copy.deepcopy(model.network).requires_grad_(False)
+    return Reference(LanguageModel(network.eval(), model.tokenizer, model.source), run, adapter_off=False)
+
+
+def check_vocabulary(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, path: str) -> None:
+    """Both models must mean the same text by the same token."""
+    mine, other = ours.get_vocab(), theirs.get_vocab()
+    if mine != other:
+        odd = sorted(mine.items() ^ other.items())[:3]
+        raise ConfigError(
+            f"reference.path={path}: its tokenizer has {len(other)} entries and the policy's has {len(mine)}, and they "
+            f"differ, for example in {[token for token, _ in odd]}; use a reference with the policy's tokenizer"
+        )
+
+
+def state(roles: Roles) -> Mapping[str, Any]:
+    """Everything small that a resumed run needs, as JSON values."""
+    return {
+        "stream": roles.stream.state(),
+        "kl_coef": roles.kl.coef,
+        "nonfinite_in_a_row": roles.actor.nonfinite_in_a_row,
+        "updates": roles.actor.optimizer.updates,
+        "failure_watch": roles.stream.watch.state(),
+    }
+
+
+def restore(roles: Roles, saved: Mapping[str, Any], version: int) -> None:
+    roles.stream.restore(saved["stream"])
+    roles.kl.coef = saved["kl_coef"]
+    roles.actor.nonfinite_in_a_row = saved["nonfinite_in_a_row"]
+    roles.actor.optimizer.updates = saved["updates"]
+    roles.stream.watch.restore(saved["failure_watch"])
+    roles.publish(version)

@@ -1,0 +1,162 @@
+"""Answers in, scores out: the functions of `reward.functions`, run in workers, and their weighted sum."""
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from tandem.config.sections import Reward
+from tandem.errors import ConfigError, RunError
+from tandem.rewards.answer import Answer
+from tandem.rewards.channel import HEADER
+from tandem.rewards.function import locate
+from tandem.rewards.pool import Pool
+from tandem.rewards.process import Task
+from tandem.types import Score
+
+OVERLONG = "overlong"
+ASYNC_GRACE_S = 1.0
+"""An async function is stopped at the deadline by its event loop; one that blocks is killed so much later."""
+
+Place = tuple[int, int]
+
+
+def overlong(tokens: int, max_answer_tokens: int, buffer: int, penalty: float) -> float:
+    """DAPO's soft penalty: 0 up to the buffer before the limit, then linear to `-penalty` at the limit."""
+    over = tokens - (max_answer_tokens - buffer)
+    return min(-over / buffer * penalty, 0.0)
+
+
+def _row_json(row: Mapping[str, Any]) -> str:
+    """The row without columns that JSON cannot hold."""
+    columns = []
+    for name, value in row.items():
+        try:
+            columns.append(f"{json.dumps(str(name))}: {json.dumps(value)}")
+        except (TypeError, ValueError):
+            continue
+    return "{" + ", ".join(columns) + "}"
+
+
+def _answer_json(answer: Answer, row: str) -> str:
+    fields = {
+        "answer": answer.text,
+        "truth": answer.truth,
+        "question": answer.question,
+        "tokens": answer.tokens,
+        "finish": answer.finish,
+    }
+    return f'{json.dumps(fields)[:-1]}, "row": {row}}}'
+
+
+class Scorer:
+    """Workers start in the background at once. An unknown name, or arguments that do not fit a built-in,
+    raise ConfigError here; one that cannot be imported or filled does so in `ready` or the first `score`."""
+
+    def __init__(self, config: Reward, max_answer_tokens: int) -> None:
+        self._config = config
+        self._max_answer_tokens = max_answer_tokens
+        self._weights = {f.name: f.weight for f in config.functions}
+        if len(self._weights) != len(config.functions) or OVERLONG in self._weights:
+            names = [f.name for f in config.functions]
+            raise ConfigError(
+                f"reward.functions: each name may stand once, and none be {OVERLONG!r}: {names}"
+            )
+        functions = [
+            {"name": f.name, "located": locate(f.name, f.args), "args": f.args} for f in config.functions
+        ]
+        setup = {"functions": functions, "memory_mb": config.memory_mb, "timeout_s": config.timeout_s}
+        self._numbers = itertools.count()
+        self._pool = Pool(setup, config.workers)
+
+    def ready(self) -> None:
+        """Wait until the functions are imported; ConfigError if one cannot be."""
+        self._pool.kinds()
+
+    def score(self, groups: Sequence[Sequence[Answer]]) -> list[list[Score]]:
+        """A score for each answer, in the same places."""
+        tasks = list(self._tasks(groups))
+        self._pool.run([task for task, _ in tasks])
+        parts: dict[Place, dict[str, float]] = {}
+        failures: dict[Place, tuple[str, str]] = {}
+        for task, places in tasks:
+            assert task.outcomes is not None
+            for place, outcome in zip(places, task.outcomes, strict=True):
+                if "failure" in outcome:
+                    failures.setdefault(place, (outcome["failure"], outcome["detail"]))
+                else:
+                    parts.setdefault(place, {}).update(outcome["parts"])
+        return [
+            [
+                self._score(answer, parts.get((g, i), {}), failures.get((g, i)))
+                for i, answer in enumerate(group)
+            ]
+            for g, group in enumerate(groups)
+        ]
+
+    def _tasks(self, groups: Sequence[Sequence[Answer]]) -> Iterator[tuple[Task, list[Place]]]:
+        """One task for each answer under all plain functions; one for each group under each other one."""
+        kinds = self._pool.kinds()
+        single = [i for i, kind in enumerate(kinds) if kind == "answer"]
+        together = [i for i, kind in enumerate(kinds) if kind != "answer"]
+        for g, group in enumerate(groups):
+            rows = {id(answer.row): answer.row for answer in group}
+            row_texts = {key: _row_json(row) for key, row in rows.items()}
+            texts = [_answer_json(answer, row_texts[id(answer.row)]) for answer in group]
+            places = [(g, i) for i in range(len(group))]
+            for place, text in zip(places, texts) if single else ():
+                yield self._task(single, [text], self._config.timeout_s), [place]
+            for function in together if group else ():
+                grace = ASYNC_GRACE_S if kinds[function] == "async" else 0.0
+                yield self._task([function], texts, self._config.timeout_s + grace), places
+
+    def _task(self, functions: Sequence[int], answers: Sequence[str], seconds: float) -> Task:
+        number = next(self._numbers)
+        body = f'{{"task": {number}, "functions": {list(functions)}, "answers": [{", ".join(answers)}]}}'
+        data = body.encode("ascii")
+        return Task(
+            number=number,
+            message=len(data).to_bytes(HEADER, "big") + data,
+            size=len(answers),
+            names=", ".join(self._config.functions[i].name for i in functions),
+            seconds=seconds,
+        )
+
+    def _score(self, answer: Answer, parts: Mapping[str, float], failure: tuple[str, str] | None) -> Score:
+        if failure is not None:
+            return self._failed(answer, *failure)
+        # In the order of the configuration, so that the sum does not depend on which worker was first.
+        parts = {name: parts[name] for name in self._weights}
+        reward = math.fsum(weight * parts[name] for name, weight in self._weights.items())
+        config = self._config
+        if config.overlong_buffer:
+            parts[OVERLONG] = overlong(
+                answer.tokens, self._max_answer_tokens, config.overlong_buffer, config.overlong_penalty
+            )
+            reward += parts[OVERLONG]
+        return Score(reward=reward, parts=parts)
+
+    def _failed(self, answer: Answer, kind: str, detail: str) -> Score:
+        """A failure under the configured policy; one that counts as zero keeps its kind in the detail."""
+        if self._config.on_failure == "raise":
+            raise RunError(
+                f"a reward failed ({kind}): {detail}. The question begins {answer.question[:80]!r}. "
+                "With reward.on_failure=mask such answers are left out instead"
+            )
+        if self._config.on_failure == "zero":
+            return Score(reward=0.0, detail=f"{kind}: {detail}")
+        return Score(failure=kind, detail=detail)
+
+    def close(self) -> None:
+        """End the workers."""
+        self._pool.close()
+
+    def __enter__(self) -> "Scorer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

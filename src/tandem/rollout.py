@@ -1,0 +1,224 @@
+"""From a prompt to a scored group, and the stream of groups that training takes from."""
+
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from tandem.config.run import Run
+from tandem.data.cursor import Cursor
+from tandem.data.prompts import PromptSet
+from tandem.engine import Completion, Request, SamplingParams, decode
+from tandem.engine.random import key
+from tandem.rewards.answer import Answer
+from tandem.rewards.scorer import Scorer
+from tandem.rewards.watch import FailureWatch
+from tandem.types import Group, Prompt, Rollout, Score
+
+TRAIN, EVAL = 0, 1
+"""Domains of the random keys: training and evaluation never share a draw."""
+
+
+class Engine(Protocol):
+    """Tokens in, tokens out."""
+
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, *, poll: Callable[[], None]
+    ) -> list[Completion]: ...
+
+
+class Sampler:
+    """Answers prompts with the engine and scores them; `version` is that of the engine's weights."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        scorer: Scorer,
+        tokenizer: Any,
+        run: Run,
+        params: SamplingParams,
+        stop_tokens: frozenset[int],
+    ) -> None:
+        self.engine, self.scorer, self.tokenizer, self.run = engine, scorer, tokenizer, run
+        self.params = params
+        self.stop_tokens = stop_tokens
+        self.version = 0
+        self.poll: Callable[[], None] = lambda: None
+        self._seconds = {"timing/rollout": 0.0, "timing/reward": 0.0}
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        serials: Sequence[int],
+        *,
+        answers: int,
+        params: SamplingParams | None = None,
+        domain: int = TRAIN,
+    ) -> list[Group]:
+        """One scored group per prompt. A serial number keys the group's draws with the run's seed, so that neither
+        batch order nor resume changes an answer."""
+        began = time.monotonic()
+        requests = [
+            Request(tokens=prompt.tokens, key=key(self.run.seed, domain, serial, prompt.id, i))
+            for prompt, serial in zip(prompts, serials)
+            for i in range(answers)
+        ]
+        completions = self.engine.generate(requests, params or self.params, poll=self.poll)
+        groups = [
+            Group(prompt=p, rollouts=tuple(self._rollout(p, c) for c in completions[i * answers :][:answers]))
+            for i, p in enumerate(prompts)
+        ]
+        generated = time.monotonic()
+        scored = self._score(groups)
+        self._seconds["timing/rollout"] += generated - began
+        self._seconds["timing/reward"] += time.monotonic() - generated
+        return scored
+
+    def take_seconds(self) -> dict[str, float]:
+        """Time spent since the last call, by phase."""
+        taken, self._seconds = self._seconds, {"timing/rollout": 0.0, "timing/reward": 0.0}
+        return taken
+
+    def _rollout(self, prompt: Prompt, done: Completion) -> Rollout:
+        silent = len(prompt.tokens)
+        visible = done.tokens[:-1] if done.tokens[-1] in self.stop_tokens else done.tokens
+        return Rollout(
+            tokens=prompt.tokens + done.tokens,
+            sampled=(False,) * silent + (True,) * len(done.tokens),
+            logp=(0.0,) * silent + done.logp,
+            policy_logp=(0.0,) * silent + done.policy_logp,
+            text=decode(self.tokenizer, visible),
+            finish=done.finish,
+            oldest_version=self.version,
+            newest_version=self.version,
+        )
+
+    def _score(self, groups: Sequence[Group]) -> list[Group]:
+        answers = [
+            [
+                Answer(
+                    text=r.text,
+                    truth=g.prompt.truth,
+                    question=g.prompt.question,
+                    row=g.prompt.row,
+                    tokens=r.answer_length,
+                    finish=r.finish,
+                )
+                for r in g.rollouts
+            ]
+            for g in groups
+        ]
+        scores = self.scorer.score(answers)
+        return [with_scores(group, marks) for group, marks in zip(groups, scores)]
+
+
+def with_scores(group: Group, scores: Iterable[Score]) -> Group:
+    return replace(group, rollouts=tuple(replace(r, score=s) for r, s in zip(group.rollouts, scores)))
+
+
+def mixed(group: Group) -> bool:
+    """The group's rewards are not all equal: it has something to say."""
+    return len(set(group.rewards)) > 1
+
+
+KEEP: dict[str, Callable[[Group], bool]] = {"all": lambda group: True, "mixed": mixed}
+
+
+@dataclass(slots=True)
+class Stream:
+    """Hands out groups in the order of their prompts, none sampled more than `max_lag` steps before.
+
+    With `max_lag` 0 each step's groups come from the weights of that step. `keep` is dynamic sampling: groups that it
+    refuses are replaced by fresh ones, at most `max_refills` times per step.
+    """
+
+    sampler: Sampler
+    prompts: PromptSet
+    cursor: Cursor
+    watch: FailureWatch
+    ahead: deque[list[Group]] = field(default_factory=deque)
+    """Steps sampled but not handed out."""
+    last: dict[str, float] = field(default_factory=dict)
+    """Figures of the newest sampling: refills and dropped groups."""
+
+    def take(self, version: int) -> list[Group]:
+        """The groups of the next step; `version` counts the steps whose weights were published."""
+        run = self.sampler.run
+        while len(self.ahead) <= run.sampling.max_lag:
+            self.ahead.append(self._fresh())
+        groups = self.ahead.popleft()
+        lags = [version - r.oldest_version for g in groups for r in g.rollouts]
+        assert all(lag <= run.sampling.max_lag for lag in lags)
+        if lags:
+            self.last |= {"rollout/lag_mean": sum(lags) / len(lags), "rollout/lag_max": max(lags)}
+        return groups
+
+    def _fresh(self) -> list[Group]:
+        """One step's groups, sampled now."""
+        run = self.sampler.run
+        keep, wanted = KEEP[run.algorithm.keep], run.sampling.prompts_per_step
+        kept: list[Group] = []
+        rounds = dropped = 0
+        while len(kept) < wanted and rounds <= run.algorithm.max_refills:
+            first = self.cursor.epoch * self.cursor.size + self.cursor.index
+            rows = self.cursor.take(wanted - len(kept))
+            serials = range(first, first + len(rows))
+            groups = self.sampler.sample(
+                [self.prompts.prompts[i] for i in rows], serials, answers=run.sampling.answers_per_prompt
+            )
+            self.watch.observe(r.score for g in groups for r in g.rollouts if r.score is not None)
+            if run.reward.permute:
+                groups = permuted(groups, seed=key(run.seed, first))
+            good = [g for g in groups if keep(g)]
+            dropped += len(groups) - len(good)
+            kept += good
+            rounds += 1
+        self.last = {"rollout/refills": rounds - 1, "rollout/dropped_groups": dropped}
+        # A step without any kept group trains on the last ones, whose equal rewards change nothing.
+        return kept or groups
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs: the cursor, and groups sampled ahead."""
+        return {
+            "cursor": self.cursor.state(),
+            "ahead": [[group_record(g) for g in groups] for groups in self.ahead],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.cursor.restore(state["cursor"])
+        self.ahead = deque([group_from(r, self.prompts) for r in groups] for groups in state["ahead"])
+
+
+def permuted(groups: Sequence[Group], seed: int) -> list[Group]:
+    """The same groups with their scores dealt out at random: the control in which nothing can be learned."""
+    scores = [r.score for g in groups for r in g.rollouts if r.score is not None]
+    random.Random(seed).shuffle(scores)
+    deal = iter(scores)
+    return [with_scores(g, [next(deal) for _ in g.rollouts]) for g in groups]
+
+
+def group_record(group: Group) -> dict[str, Any]:
+    """A group as plain JSON values; floats survive exactly."""
+    names = ("tokens", "sampled", "logp", "policy_logp", "text", "finish", "oldest_version", "newest_version")
+    rollouts = []
+    for r in group.rollouts:
+        assert r.score is not None
+        score = {
+            "reward": r.score.reward,
+            "failure": r.score.failure,
+            "detail": r.score.detail,
+            "parts": dict(r.score.parts),
+        }
+        rollouts.append({**{n: getattr(r, n) for n in names}, "score": score})
+    return {"prompt": group.prompt.id, "rollouts": rollouts}
+
+
+def group_from(record: Mapping[str, Any], prompts: PromptSet) -> Group:
+    by_id = {p.id: p for p in prompts.prompts}
+    rollouts = []
+    for entry in record["rollouts"]:
+        columns = {n: tuple(entry[n]) for n in ("tokens", "sampled", "logp", "policy_logp")}
+        rollouts.append(Rollout(**{**entry, **columns, "score": Score(**entry["score"])}))
+    return Group(prompt=by_id[record["prompt"]], rollouts=tuple(rollouts))

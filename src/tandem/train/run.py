@@ -1,0 +1,199 @@
+"""From a configuration to a trained model: set up, warm up, reinforce, export, report."""
+
+import itertools
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from tandem.checkpoint import export, lock, newest, read_json
+from tandem.config import difference, dump, load
+from tandem.config.run import Run
+from tandem.data import tasks
+from tandem.data.prompts import PromptSet, load_prompts
+from tandem.device import describe, pick, set_threads, synchronize
+from tandem.errors import ConfigError
+from tandem.journal import Journal, Summary, Timer, draw, read_metrics, sample_answers
+from tandem.model import LanguageModel, tokenizer_of
+from tandem.model import load as load_model
+from tandem.placement import inline
+from tandem.rewards.scorer import Scorer
+from tandem.train import snapshot
+from tandem.train.interrupt import Interrupted, Interruption
+from tandem.train.reinforce import reinforce
+from tandem.train.session import Session
+from tandem.train.supervised import demonstrations, supervise, warmup_optimizer
+from tandem.types import Prompt
+
+
+@dataclass(slots=True, kw_only=True)
+class Launch:
+    """How a run is started; none of it changes what is learned."""
+
+    recipe: str
+    """The file the run was loaded from, for messages."""
+    fresh: bool = False
+    """Set an earlier run in the folder aside instead of going on from its last checkpoint."""
+    allow_config_change: bool = False
+    """Resume although the configuration differs from that of the checkpoint."""
+    console: Console = field(default_factory=Console)
+
+
+def train(run: Run, launch: Launch) -> Summary:
+    """The whole run; returns its summary. A signal saves a checkpoint and then raises `Interrupted`."""
+    folder = Path(run.run_dir)
+    with ExitStack() as stack:
+        stack.enter_context(lock(folder))
+        interruption = stack.enter_context(Interruption())
+        if launch.fresh:
+            set_aside(folder, launch.console)
+        began = time.monotonic()
+        session = prepare(run, launch, stack, interruption)
+        try:
+            reinforce(run, session.roles, session, session.timer, session.boundary.step)
+            session.save()
+        except Interrupted as signal:
+            session.save()
+            launch.console.print(
+                f"stopped by {signal}; go on with: tandem train {launch.recipe}", highlight=False
+            )
+            raise
+        return finish(run, launch, session, time.monotonic() - began)
+
+
+def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interruption) -> Session:
+    """Everything that can be wrong is found here, the cheap before the slow; then the policy is warmed up."""
+    folder, console = Path(run.run_dir), launch.console
+    resume = newest(folder / "checkpoints")
+    if resume is not None:
+        check_same(run, resume, launch)
+    console.print(run.arithmetic(), highlight=False)
+    device = pick(run.device)
+    set_threads(run.threads)
+    torch.manual_seed(run.seed)
+    scorer = stack.enter_context(Scorer(run.reward, run.sampling.max_answer_tokens))
+    tokenizer = tokenizer_of(run.model)
+    prompts = load_prompts(run.data, run.data.train, tokenizer, limit=run.data.limit)
+    console.print(prompts.sentence(), highlight=False)
+    held_out = held_out_questions(run, tokenizer)
+    scorer.ready()
+    journal = stack.enter_context(Journal(run, folder, console))
+    weights = resume / snapshot.MODEL if resume is not None else None
+    model = load_model(run.model, tokenizer, device, seed=run.seed, resume=weights)
+    check_lengths(run, model, prompts)
+    (folder / "config.yaml").write_text(dump(run), encoding="utf-8")
+    step = 0 if resume is None else read_json(resume / "state.json")["step"]
+    journal.rewind(step - 1)
+    if resume is None and run.warmup is not None:
+        warm_up(run, model, prompts, journal, interruption)
+    reference = resume / snapshot.REFERENCE if resume is not None and snapshot.keeps_reference(run) else None
+    roles = inline.build(run, model, prompts, scorer, reference)
+    if resume is not None:
+        snapshot.restore(resume, roles, prompts.fingerprint)
+        console.print(f"going on from {resume}, {step} of {run.steps} steps done", highlight=False)
+    timer = Timer(lambda: synchronize(device))
+    return Session(run, roles, prompts, held_out, journal, timer, interruption, step)
+
+
+def held_out_questions(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    if run.eval.every is None or run.data.eval is None:
+        return []
+    return list(load_prompts(run.data, run.data.eval, tokenizer, limit=run.eval.questions).prompts)
+
+
+def check_lengths(run: Run, model: LanguageModel, prompts: PromptSet) -> None:
+    """The longest prompt and answer must fit the model's positions."""
+    longest = prompts.lengths.longest + run.sampling.max_answer_tokens
+    if longest > model.max_positions:
+        raise ConfigError(
+            f"the longest prompt ({prompts.lengths.longest} tokens) and sampling.max_answer_tokens="
+            f"{run.sampling.max_answer_tokens} make {longest}, above the model's {model.max_positions} positions; "
+            "lower sampling.max_answer_tokens, or data.max_prompt_tokens with data.on_overlong=skip"
+        )
+
+
+def check_same(run: Run, checkpoint: Path, launch: Launch) -> None:
+    """A run goes on with the configuration it began with, but for keys that change nothing learned."""
+    changed = difference(load(checkpoint / "config.yaml"), run)
+    if changed and not launch.allow_config_change:
+        raise ConfigError(
+            f"{checkpoint} was made with another configuration:\n  "
+            + "\n  ".join(changed)
+            + "\nrestore these, start anew with --fresh, or go on all the same with --allow-config-change"
+        )
+
+
+def set_aside(folder: Path, console: Console) -> None:
+    """Move an earlier run out of the way, its lock file left in place."""
+    old = [path for path in folder.iterdir() if path.name != "lock"]
+    if not old:
+        return
+    target = next(t for i in itertools.count(1) if not (t := folder.with_name(f"{folder.name}.{i}")).exists())
+    target.mkdir()
+    for path in old:
+        path.rename(target / path.name)
+    console.print(f"the earlier run in {folder} is now in {target}", highlight=False)
+
+
+def warm_up(
+    run: Run, model: LanguageModel, prompts: PromptSet, journal: Journal, interruption: Interruption
+) -> None:
+    """Supervised training on the task's own demonstrations."""
+    assert run.warmup is not None
+    warmup = run.warmup
+    name = run.data.train.removeprefix("tandem:").partition(":")[0]
+    batches = demonstrations(
+        tasks.find(name),
+        prompts.prompts,
+        model.tokenizer,
+        batch=warmup.batch,
+        wrong_share=warmup.wrong_share,
+        seed=run.seed,
+    )
+
+    def on_step(step: int, metrics: dict[str, float]) -> None:
+        interruption.check()
+        if (step + 1) % 20 == 0 or step + 1 == warmup.steps:
+            journal.log(0, metrics | {"warmup/update": step + 1})
+
+    supervise(
+        model,
+        batches,
+        warmup_optimizer(warmup),
+        warmup.steps,
+        tokens_per_forward=run.learner.tokens_per_forward,
+        logits_mb=run.learner.logits_mb,
+        on_step=on_step,
+    )
+
+
+def finish(run: Run, launch: Launch, session: Session, seconds: float) -> Summary:
+    """Export the model, draw the curve, write the summary, and say where everything is."""
+    folder, console = Path(run.run_dir), launch.console
+    session.journal.close()
+    model = session.roles.actor.model
+    export(model.save_merged, folder / "model")
+    metrics = read_metrics(folder / "metrics.jsonl")
+    evaluated = [row for row in metrics if "eval/accuracy" in row]
+    summary = Summary(
+        recipe=launch.recipe,
+        steps=run.steps,
+        seconds=seconds,
+        start=eval_figures(evaluated[0]) if evaluated else {},
+        end=eval_figures(evaluated[-1]) if evaluated else {},
+    )
+    if any("reward/mean" in row or "eval/accuracy" in row for row in metrics):
+        draw(folder / "metrics.jsonl", folder / "curve.png")
+    summary.write(folder / "summary.json", run, describe(model.device))
+    if session.first and session.last and run.journal.samples:
+        console.print(sample_answers(session.first.greedy, session.last.greedy, count=run.journal.samples))
+    console.print(summary.closing(run, folder), highlight=False, markup=False)
+    return summary
+
+
+def eval_figures(row: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name.startswith("eval/")}
