@@ -53,7 +53,8 @@ class KlController:
         """Move the coefficient after a step whose mean KL per token was `kl`."""
         if self.target is not None:
             error = max(-0.2, min(0.2, kl / self.target - 1))
-            self.coef *= 1 + error * answers / self.horizon
+            # A step of more answers than the horizon counts as one horizon, or the factor could turn negative.
+            self.coef *= 1 + error * min(1.0, answers / self.horizon)
 
 
 # Advantages. Arithmetic is in float64; rows whose scoring failed hold NaN rewards and stay out of every mean.
@@ -220,8 +221,7 @@ def importance_correction(
     efficient RL framework secretly brings you off-policy training", 2025)."""
     if cap is None:
         return torch.ones_like(policy_logp_BT), {}
-    gap_BT = (policy_logp_BT - batch.rollout_logp_BT).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio_BT = torch.where(batch.mask_BT, gap_BT.exp(), 1.0)
+    ratio_BT = torch.where(batch.mask_BT, (policy_logp_BT - batch.rollout_logp_BT).exp(), 1.0)
     return ratio_BT.clamp(max=cap), {
         "correction/mean": masked_mean(ratio_BT.clamp(max=cap), batch.mask_BT),
         "correction/capped_share": masked_mean((ratio_BT > cap).float(), batch.mask_BT),
@@ -248,9 +248,10 @@ def policy_loss(
     update's losses, `max/*` are maxima, the others are sums over `tokens` trained tokens."""
     mask_BT, weight_BT = experience.mask_BT, experience.weight_BT
     old_logp_BT = logp_BT.detach() if experience.old_logp_BT is None else experience.old_logp_BT
-    log_ratio_BT = ((logp_BT - old_logp_BT) * mask_BT).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio_BT = (logp_BT - old_logp_BT) * mask_BT
     if algorithm.ratio == "sequence":
         log_ratio_BT = sequence_log_ratio(log_ratio_BT, mask_BT)
+    log_ratio_BT = log_ratio_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     pg_BT, low_BT, high_BT = surrogate(log_ratio_BT, logp_BT, experience.advantage_BT, algorithm.clip)
     pg_loss = (pg_BT * weight_BT).sum()
     loss = pg_loss
@@ -315,12 +316,11 @@ def masked_mean(values_BT: Tensor, mask_BT: Tensor) -> float:
 
 def _spread(experience: Experience, batch: Batch) -> dict[str, float]:
     trained_M = experience.advantage_BT[experience.mask_BT].double()
-    zero_B = (experience.advantage_BT == 0).all(-1)
     _, std_B, _ = group_baseline(batch.reward_B, batch.group_B)
-    first_B = torch.cat([batch.group_B.new_ones(1, dtype=torch.bool), batch.group_B.diff() != 0])
+    std_G = std_B.new_zeros(int(batch.group_B.max()) + 1).scatter(0, batch.group_B, std_B)
     return {
         "advantage/mean": float(trained_M.mean()) if len(trained_M) else 0.0,
         "advantage/std": float(trained_M.std()) if len(trained_M) > 1 else 0.0,
-        "advantage/zero_share": float(zero_B.double().mean()),
-        "frac_zero_std": float((std_B[first_B] == 0).double().mean()),
+        "advantage/zero_share": masked_mean((experience.advantage_BT == 0).double(), batch.mask_BT),
+        "frac_zero_std": float((std_G == 0).double().mean()),
     }

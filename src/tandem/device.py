@@ -31,6 +31,11 @@ def allocated_bytes(device: torch.device) -> int:
     return 0 if device.type == "cpu" else int(torch.accelerator.max_memory_allocated(device))
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that the accelerator has left; None where tensors lie in the memory of the host."""
+    return None if device.type == "cpu" else int(torch.accelerator.get_memory_info(device)[0])
+
+
 def describe(device: torch.device) -> str:
     """Name for reports."""
     if device.type == "cpu":

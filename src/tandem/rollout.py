@@ -140,6 +140,8 @@ class Stream:
     watch: FailureWatch
     ahead: deque[list[Group]] = field(default_factory=deque)
     """Steps sampled but not handed out."""
+    newest: list[Group] = field(default_factory=list)
+    """The groups sampled last, whose weights are the sampler's present ones."""
     last: dict[str, float] = field(default_factory=dict)
     """Figures of the newest sampling: refills and dropped groups."""
 
@@ -177,7 +179,8 @@ class Stream:
             rounds += 1
         self.last = {"rollout/refills": rounds - 1, "rollout/dropped_groups": dropped}
         # A step without any kept group trains on the last ones, whose equal rewards change nothing.
-        return kept or groups
+        self.newest = kept or groups
+        return self.newest
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs: the cursor, and groups sampled ahead."""

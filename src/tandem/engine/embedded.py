@@ -185,8 +185,9 @@ class _Decode:
         if row.tokens[-1] in self.stop_tokens:
             return "stop"
         if self.params.stop and len(row.tokens) >= self.params.min_tokens:
-            # A stop text of n characters lies within the last n + 1 tokens, of which one may be cut in half.
-            tail = decode(self.model.tokenizer, row.tokens[-max(map(len, self.params.stop)) - 1 :])
+            # A stop text of n bytes lies within the last n + 1 tokens: a token may hold no more than one byte.
+            longest = max(len(stop.encode()) for stop in self.params.stop)
+            tail = decode(self.model.tokenizer, row.tokens[-longest - 1 :])
             if any(stop in tail for stop in self.params.stop):
                 return "stop"
         return "length" if len(row.tokens) >= self.params.max_tokens else None
@@ -196,7 +197,8 @@ class _Decode:
         if not short:
             return None
         held_BV = torch.zeros(logits_BV.shape, dtype=torch.bool, device=logits_BV.device)
-        ends = torch.tensor(sorted(self.stop_tokens), device=logits_BV.device)
+        known = [token for token in self.stop_tokens if token < logits_BV.shape[-1]]
+        ends = torch.tensor(known, dtype=torch.long, device=logits_BV.device)
         held_BV[torch.tensor(short, device=logits_BV.device)[:, None], ends] = True
         return held_BV
 

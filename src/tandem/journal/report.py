@@ -43,7 +43,7 @@ def sample_answers(before: Sequence["Group"], after: Sequence["Group"] = (), *, 
     """A table of the first questions, each with its first answer before training and, if given, after."""
     later = {group.prompt.id: group for group in after}
     table = Table(show_lines=True, title="Sample answers", title_justify="left", header_style="bold")
-    for heading in ("question", "truth", "before", *(["after"] if after else [])):
+    for heading in ("question", "truth", *(("before", "after") if after else ("answer",))):
         table.add_column(heading, overflow="fold")
     for group in before[:count]:
         cells = [Text(visible(group.prompt.question)), Text(visible(group.prompt.truth or ""))]

@@ -12,6 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from tandem.errors import ConfigError
+
 NAME = "tandem"
 
 
@@ -67,10 +69,19 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float,
     layout: Layout,
-    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The function that Transformers calls in every layer, with one batch row that holds all tokens."""
+    """The function that Transformers calls in every layer, with one batch row that holds all tokens.
+
+    A sliding window needs nothing here: rows are never longer than it (`LanguageModel.max_positions`).
+    """
+    if softcap is not None or s_aux is not None:
+        raise ConfigError(
+            f"model.path: {type(module).__name__} caps its attention scores or adds sinks to them, which is not "
+            "supported; use a Qwen2, Qwen2.5, Qwen3 or Llama model"
+        )
     layer = module.layer_idx
     assert isinstance(layer, int)
     out_NHD = layout.attend(layer, query[0], key[0], value[0], scaling)

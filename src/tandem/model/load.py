@@ -4,10 +4,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -95,7 +97,7 @@ def load_network(source: str, dtype: torch.dtype, trust_remote_code: bool = Fals
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as cause:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as cause:
         raise ConfigError(f"model.path={source} cannot be loaded: {first_line(cause)}") from cause
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:5])
@@ -122,9 +124,12 @@ def with_adapter(network: PreTrainedModel, lora: Lora, seed: int, resume: Path |
         raise ConfigError(f"model.lora.targets={lora.targets}: {first_line(cause)}") from cause
 
 
-def describe(path: str) -> AutoConfig:
+def describe(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The model's config without its weights, for checks before a long start."""
-    return AutoConfig.from_pretrained(existing(path))
+    try:
+        return AutoConfig.from_pretrained(existing(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as cause:
+        raise ConfigError(f"model.path={path}: its config.json cannot be used: {first_line(cause)}") from cause
 
 
 def first_line(cause: BaseException) -> str:

@@ -13,17 +13,12 @@ order in each forward, and its figure leaves room for that."""
 
 
 def check_agreement(actor: Actor, batch: Batch) -> None:
-    """Compare the sampler's log-probabilities with the trainer's on the answers just sampled; stop on a difference.
-
-    Rows sampled by older weights are left out: there the two may rightly differ.
-    """
-    newest = torch.arange(batch.size)[batch.version_B == batch.version_B.max()]
-    fresh = take(batch, newest)
-    gap_BT = excess(actor.logprobs(fresh), fresh, actor)
+    """Compare the sampler's log-probabilities with the trainer's on answers sampled by the present weights."""
+    gap_BT = excess(actor.logprobs(batch), batch, actor)
     if not bool((gap_BT > 0).any()):
         return
     row, column = divmod(int(gap_BT.argmax()), gap_BT.shape[1])
-    alone = take(fresh, torch.tensor([row]))
+    alone = take(batch, torch.tensor([row]))
     alone_logp_BT = actor.logprobs(alone)
     if bool((excess(alone_logp_BT, alone, actor) > 0).any()):
         cause = (
@@ -32,7 +27,7 @@ def check_agreement(actor: Actor, batch: Batch) -> None:
         )
     else:
         cause = "computed alone the answer agrees, so the trainer's packed forward mixes rows"
-    theirs, ours = fresh.policy_logp_BT[row, column], alone_logp_BT[0, column]
+    theirs, ours = batch.policy_logp_BT[row, column], alone_logp_BT[0, column]
     raise RunError(
         f"sampler and trainer disagree: log-probability of token {column} of answer {row} is {theirs:.6f} for the "
         f"sampler and {ours:.6f} for the trainer, {int((gap_BT > 0).sum())} tokens are off by more than "

@@ -39,7 +39,7 @@ def reinforce(run: Run, roles: Roles, observer: Observer, timer: Timer, start: i
             with timer("reference_model"):
                 ref_logp_BT = reference.logprobs(batch) if reference else None
             if step == start:
-                check_agreement(actor, batch)
+                check_agreement(actor, collate(stream.newest))
             with timer("adv"):
                 experience, figures = assess(
                     batch,

@@ -51,7 +51,7 @@ class Session:
         self.boundary = self._boundary(step)
         self.interruption.check()
         self._figures = self._evaluate(step)
-        if step == self.run.steps:
+        if step == self.run.steps and self._figures:
             self.journal.log(step, self._figures)
 
     def after(

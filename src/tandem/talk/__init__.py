@@ -1,0 +1,1 @@
+"""Models at work: one-off answers, a conversation, an evaluation."""

@@ -1,0 +1,110 @@
+"""The evaluation of a run, on any model: the same questions, draws and reward as during training."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+import tandem
+from tandem.config import Run, load, redact
+from tandem.config.sections import Model
+from tandem.data.prompts import load_prompts
+from tandem.engine import EmbeddedEngine
+from tandem.errors import ConfigError, RunError
+from tandem.journal import sample_answers
+from tandem.model import LanguageModel
+from tandem.placement.inline import sampling_params
+from tandem.rewards.scorer import Scorer
+from tandem.rollout import Sampler
+from tandem.talk.place import Place
+from tandem.train.evaluation import Evaluation, evaluate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What came of an evaluation, and what it was made with."""
+
+    evaluation: Evaluation
+    settings: dict[str, Any]
+    seconds: float
+
+    def sentence(self) -> str:
+        """Accuracy in one line, with what it was measured on."""
+        figures, s = self.evaluation.figures, self.settings
+        return (
+            f"accuracy: sampled {figures['eval/accuracy']:.3f}, greedy {figures['eval/greedy_accuracy']:.3f} "
+            f"({s['questions']:,} questions of {s['data']}, {s['answers']} answer{'s' * (s['answers'] > 1)} each "
+            f"at temperature {s['temperature']:g}, judged by {s['correct']}); reward {figures['eval/reward']:.3f}, "
+            f"{figures['eval/response_length']:.0f} tokens an answer, {figures['eval/truncated_share']:.1%} cut; "
+            f"{self.seconds:.1f} s"
+        )
+
+    def table(self, count: int) -> Table:
+        """The first greedy answers."""
+        return sample_answers(self.evaluation.greedy, count=count)
+
+    def write(self, path: Path) -> None:
+        """Figures and settings as JSON."""
+        record = {"figures": self.evaluation.figures, "settings": self.settings, "seconds": self.seconds}
+        try:
+            path.write_text(json.dumps(redact(record), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"--json {path}: cannot be written ({error.strerror})") from None
+
+
+def settings_of(place: Place, recipe: str | None, overrides: list[str]) -> Run:
+    """The run whose evaluation is made: of the recipe, else of the run folder; its model is the one in `place`."""
+    if recipe is not None:
+        run = load(recipe, overrides)
+    elif place.run is None:
+        raise ConfigError(
+            f"{place.given} is a model without a run: say what to ask it with --recipe RECIPE, whose data.eval, "
+            "reward and eval sections are then used"
+        )
+    else:
+        base = place.checkpoint or Path(place.given).expanduser()
+        run = load(base / "config.yaml", overrides)
+    if run.data.eval is None:
+        raise ConfigError("data.eval is null: name held-out questions, for example data.eval=FILE")
+    if place.folder is None:
+        return run
+    model = Model(path=place.folder, dtype=run.model.dtype, trust_remote_code=run.model.trust_remote_code)
+    return run.model_copy(update={"model": model, "warmup": None})
+
+
+def measure(run: Run, model: LanguageModel, given: str) -> Result:
+    """Answer and score the held-out questions."""
+    assert run.data.eval is not None
+    began = time.monotonic()
+    with Scorer(run.reward, run.sampling.max_answer_tokens) as scorer:
+        prompts = load_prompts(run.data, run.data.eval, model.tokenizer, limit=run.eval.questions)
+        longest = prompts.lengths.longest + run.sampling.max_answer_tokens
+        if longest > model.max_positions:
+            raise ConfigError(
+                f"the longest question ({prompts.lengths.longest} tokens) and sampling.max_answer_tokens="
+                f"{run.sampling.max_answer_tokens} make {longest}, above the model's {model.max_positions} "
+                "positions; lower sampling.max_answer_tokens"
+            )
+        scorer.ready()
+        engine = EmbeddedEngine(model, run.sampling.slots, run.learner.tokens_per_forward)
+        params = sampling_params(run, prompts.template)
+        ends = model.stop_tokens | params.stop_tokens
+        sampler = Sampler(engine, scorer, model.tokenizer, run, params, ends)
+        evaluation = evaluate(run, sampler, prompts.prompts)
+    settings = {
+        "model": given,
+        "data": run.data.eval,
+        "template": run.data.template,
+        "questions": len(prompts.prompts),
+        "answers": run.eval.answers,
+        "temperature": run.eval.temperature,
+        "max_answer_tokens": run.sampling.max_answer_tokens,
+        "correct": run.eval.correct or run.reward.functions[0].name,
+        "seed": run.seed,
+        "dtype": run.model.dtype,
+        "tandem": tandem.__version__,
+    }
+    return Result(evaluation=evaluation, settings=settings, seconds=round(time.monotonic() - began, 3))

@@ -1,0 +1,57 @@
+"""Where a model lies: a Hugging Face folder, a run folder, or a checkpoint of one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tandem.checkpoint import newest
+from tandem.config import Run, load
+from tandem.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A model that is there. One of `folder` and `checkpoint` is set."""
+
+    given: str
+    """What the user named."""
+    folder: str | None = None
+    """Hugging Face folder, or a name to look up on the hub."""
+    checkpoint: Path | None = None
+    """Checkpoint whose model is loaded as a resumed run would."""
+    run: Run | None = None
+    """The run it comes from; always set with a checkpoint."""
+
+
+def locate(given: str) -> Place:
+    """The model that a path means: of a run folder its exported model, or else its newest valid checkpoint."""
+    path = Path(given).expanduser()
+    if not path.is_dir():
+        # Only `owner/name` can be a name on the hub.
+        if given.count("/") == 1 and not given.startswith((".", "/", "~")) and not path.exists():
+            return Place(given=given, folder=given)
+        what = "is a file" if path.exists() else "there is no such folder"
+        raise ConfigError(f"{given}: {what}; give the folder of a Hugging Face model or of a run")
+    if (path / "config.json").is_file():
+        return Place(given=given, folder=str(path))
+    if (path / "manifest.json").is_file():
+        return of_checkpoint(given, path)
+    if (path / "model" / "config.json").is_file():
+        config = path / "config.yaml"
+        return Place(given=given, folder=str(path / "model"), run=load(config) if config.is_file() else None)
+    checkpoint = newest(path / "checkpoints")
+    if checkpoint is not None:
+        return of_checkpoint(given, checkpoint)
+    raise ConfigError(f"{given}: {nothing_in(path)}; give the folder of a Hugging Face model or of a run")
+
+
+def of_checkpoint(given: str, checkpoint: Path) -> Place:
+    return Place(given=given, checkpoint=checkpoint, run=load(checkpoint / "config.yaml"))
+
+
+def nothing_in(path: Path) -> str:
+    if (path / "adapter_config.json").is_file():
+        return "holds an adapter without its model"
+    if (path / "config.yaml").is_file():
+        return "this run has neither an exported model nor a checkpoint yet"
+    names = sorted(entry.name for entry in path.iterdir())
+    return f"has no config.json; it holds {', '.join(names[:8]) or 'nothing'}"

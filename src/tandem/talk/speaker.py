@@ -1,0 +1,95 @@
+"""A model that is ready to answer: its weights, its template, and what ends an answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tandem.data.question import Message
+from tandem.data.template import Renderer, open_template
+from tandem.device import pick, set_threads
+from tandem.engine import SamplingParams
+from tandem.errors import ConfigError
+from tandem.model import LanguageModel, describe, load, load_frozen, tokenizer_of
+from tandem.talk.place import Place
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speaker:
+    model: LanguageModel
+    template: Renderer | None
+    """None for a model that continues plain text."""
+    system: str | None
+    """System message of the run that the model comes from."""
+    stop: tuple[str, ...] = ()
+    """Texts that ended an answer in that run."""
+    stop_tokens: frozenset[int] = frozenset()
+
+    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Tokens of a dialog whose last message is the user's; without a template, of that message alone."""
+        tokenizer = self.model.tokenizer
+        if self.template is None:
+            return tuple(tokenizer.encode(messages[-1]["content"]))
+        text = self.template.render(list(messages))
+        return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end an answer and are not part of it."""
+        return self.model.stop_tokens | self.stop_tokens
+
+    def params(
+        self, max_tokens: int, temperature: float, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0
+    ) -> SamplingParams:
+        return SamplingParams(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            max_tokens=max_tokens,
+            stop=self.stop,
+            stop_tokens=self.stop_tokens,
+        )
+
+
+def open_speaker(place: Place, device: str, *, raw: bool = False) -> Speaker:
+    """Load the model; it speaks in the template of its run, else in its tokenizer's own."""
+    model = open_model(place, pick(device))
+    if raw:
+        return Speaker(model=model, template=None, system=None)
+    if place.run is None:
+        if not model.tokenizer.chat_template:
+            raise ConfigError(
+                f"{place.given}: its tokenizer has no chat template; with `tandem generate --raw` the model "
+                "continues plain text"
+            )
+        return Speaker(model=model, template=open_template("chat", model.tokenizer), system=None)
+    data, sampling = place.run.data, place.run.sampling
+    template = open_template(data.template, model.tokenizer)
+    return Speaker(
+        model=model,
+        template=template,
+        system=data.system,
+        stop=(*sampling.stop, *template.stop),
+        stop_tokens=frozenset((*sampling.stop_tokens, *template.stop_tokens)),
+    )
+
+
+def open_model(place: Place, device: torch.device) -> LanguageModel:
+    """The model in evaluation mode: in the type of its run, else in the one that it is stored in."""
+    set_threads(place.run.threads if place.run is not None else None)
+    if place.folder is not None:
+        trusted = place.run is not None and place.run.model.trust_remote_code
+        dtype = place.run.model.dtype if place.run is not None else stored_dtype(place.folder)
+        return load_frozen(place.folder, dtype, device, trusted)
+    assert place.checkpoint is not None and place.run is not None
+    config = place.run.model
+    weights = place.checkpoint / "model"
+    model = load(config, tokenizer_of(config), device, seed=place.run.seed, resume=weights)
+    model.module.eval()
+    return model
+
+
+def stored_dtype(folder: str) -> str:
+    """16-bit weights are read as bfloat16, all others as float32."""
+    return "bf16" if describe(folder).dtype in (torch.bfloat16, torch.float16) else "fp32"

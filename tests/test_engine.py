@@ -1,0 +1,413 @@
+"""The embedded engine: what Transformers would generate, drawn by key, with true log-probabilities."""
+
+import math
+import random
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from tandem.engine import EmbeddedEngine, Request, SamplingParams, decode
+from tandem.engine.random import key, keys_tensor, uniforms
+from tandem.engine.sampling import choose
+from tandem.errors import RunError
+from tiny_models import (
+    FAMILIES,
+    VOCABULARY,
+    chain,
+    forward_logits,
+    language_model,
+    network,
+    script,
+    spelled,
+    twin,
+)
+
+torch.set_num_threads(1)  # the models are tiny: a second thread only waits
+END = 258
+PROMPTS = [(3, 1, 4, 1, 5), (9,), (2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3), (8, 4), (6, 2, 6, 4, 3, 3, 8)]
+STOPS = frozenset(range(0, VOCABULARY, 16))
+"""Enough end tokens that answers end at many different lengths."""
+
+
+def chi_square_bound(freedom: int) -> float:
+    """What chi-square exceeds with probability below 1e-6 (Wilson and Hilferty, 1931)."""
+    spread = 2 / (9 * freedom)
+    return freedom * (1 - spread + 4.8 * spread**0.5) ** 3
+
+
+def chi_square(drawn: torch.Tensor, probability: torch.Tensor) -> tuple[float, float]:
+    """Chi-square of drawn entries against their distribution, rare entries pooled, and its bound."""
+    expected = probability.double() * len(drawn)
+    counted = torch.bincount(drawn, minlength=len(expected)).double()
+    often = expected >= 5
+    expected = torch.cat([expected[often], expected[~often].sum()[None]])
+    counted = torch.cat([counted[often], counted[~often].sum()[None]])
+    present = expected > 0
+    assert counted[~present].sum() == 0, "an entry without probability was drawn"
+    value = ((counted - expected)[present].square() / expected[present]).sum()
+    return float(value), chi_square_bound(max(1, int(present.sum()) - 1))
+
+
+def processors(params: SamplingParams) -> LogitsProcessorList:
+    """Transformers' own, in the order in which its `generate` applies them."""
+    made = LogitsProcessorList()
+    if params.repetition_penalty != 1:
+        made.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    made.append(TemperatureLogitsWarper(params.temperature))
+    if params.top_k:
+        made.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        made.append(TopPLogitsWarper(params.top_p))
+    if params.min_p:
+        made.append(MinPLogitsWarper(params.min_p))
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_what_transformers_generates(family):
+    model = language_model(family)
+    hf = twin(model)
+    params = SamplingParams(temperature=0, max_tokens=24, stop_tokens=STOPS)
+    done = EmbeddedEngine(model, slots=3).generate([Request(tokens=p, key=0) for p in PROMPTS], params)
+    for prompt, completion in zip(PROMPTS, done):
+        out = hf.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=24,
+            eos_token_id=[*STOPS, END],
+        )
+        assert list(completion.tokens) == out[0, len(prompt) :].tolist()
+        stopped = completion.tokens[-1] in STOPS | {END}
+        assert completion.finish == ("stop" if stopped else "length")
+
+
+def test_equal_keys_give_equal_answers_however_they_are_batched():
+    model = language_model("qwen3")
+    params = SamplingParams(max_tokens=40, stop_tokens=STOPS)
+    requests = [Request(tokens=p, key=key(7, i, a)) for i, p in enumerate(PROMPTS) for a in range(5)]
+    alone = [EmbeddedEngine(model, 1).generate([r], params)[0] for r in requests]
+    assert len({len(c.tokens) for c in alone}) > 8, "answers must end at different times to test refills"
+    for slots, budget, seed in [(1, 8192, 0), (3, 8192, 1), (8, 1, 2), (10, 14, 3), (64, 8192, 4), (64, 1, 5)]:
+        order = list(range(len(requests)))
+        random.Random(seed).shuffle(order)
+        engine = EmbeddedEngine(model, slots, tokens_per_prefill=budget)
+        batched = engine.generate([requests[i] for i in order], params)
+        for i, completion in zip(order, batched):
+            assert completion.tokens == alone[i].tokens and completion.finish == alone[i].finish
+            assert completion.logp == pytest.approx(alone[i].logp, abs=1e-5)
+
+
+def test_slots_are_refilled_and_compacted_on_the_way(monkeypatch):
+    """The batches of the test above would prove little if its code paths were never taken."""
+    from tandem.engine import embedded
+
+    sizes, moves = [], []
+    original = embedded.Slots.keep
+    monkeypatch.setattr(
+        embedded.Slots, "keep", lambda self, slots: (moves.append(slots), original(self, slots))[1]
+    )
+    begin = embedded.Slots.begin
+    monkeypatch.setattr(embedded.Slots, "begin", lambda self: (sizes.append(self.active), begin(self))[1])
+    requests = [Request(tokens=p, key=key(7, i, a)) for i, p in enumerate(PROMPTS) for a in range(5)]
+    params = SamplingParams(max_tokens=40, stop_tokens=STOPS)
+    EmbeddedEngine(language_model("qwen3"), 10).generate(requests, params)
+    assert max(sizes) == 10 and min(sizes) < 10, "never more than the slots; fewer once none waits"
+    assert any(slots != list(range(len(slots))) for slots in moves), "rows moved to another slot"
+
+
+def test_seed_changes_samples_and_answers_of_a_group_differ():
+    engine = EmbeddedEngine(language_model(), 8)
+    params = SamplingParams(max_tokens=12)
+
+    def answers(seed):
+        return engine.generate([Request(tokens=PROMPTS[0], key=key(seed, i)) for i in range(6)], params)
+
+    assert answers(1) == answers(1)
+    assert len({c.tokens for c in answers(1)} | {c.tokens for c in answers(2)}) == 12
+
+
+def test_weights_that_change_in_place_are_seen_by_the_next_call():
+    model = language_model()
+    engine, requests = EmbeddedEngine(model, 4), [Request(tokens=p, key=3) for p in PROMPTS]
+    params = SamplingParams(max_tokens=10)
+    before = engine.generate(requests, params)
+    model.network.load_state_dict(network("qwen2_grouped", seed=1).state_dict())
+    after = engine.generate(requests, params)
+    assert before != after
+    assert after == EmbeddedEngine(language_model(seed=1), 4).generate(requests, params)
+
+
+SETTINGS = {
+    "temperature": SamplingParams(temperature=0.6),
+    "hot": SamplingParams(temperature=1.7),
+    "top_k": SamplingParams(top_k=7),
+    "top_k_above_vocabulary": SamplingParams(top_k=10_000),
+    "top_p": SamplingParams(top_p=0.8),
+    "tiny_top_p": SamplingParams(top_p=1e-4),
+    "min_p": SamplingParams(min_p=0.1),
+    "penalty": SamplingParams(repetition_penalty=1.3),
+    "all": SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.05),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_drawn_distribution_is_that_of_transformers_processors(name):
+    """The uniforms are an even grid, so that each token's share of the draws is its probability."""
+    params, points = SETTINGS[name], 20_000
+    generator = torch.Generator().manual_seed(1)
+    for scale in (1.0, 4.0):
+        logits_1V = scale * torch.randn(1, 50, generator=generator)
+        seen = torch.randint(50, (1, 12), generator=generator)
+        seen_1V = torch.zeros(1, 50, dtype=torch.bool).scatter(1, seen, True)
+        expected_V = processors(params)(seen, logits_1V).log_softmax(-1)[0]
+        penalized = params.repetition_penalty != 1
+        token_B, logp_B, policy_logp_B = choose(
+            logits_1V.expand(points, -1),
+            (torch.arange(points) + 0.5) / points,
+            params,
+            None,
+            seen_1V.expand(points, -1) if penalized else None,
+        )
+        share_V = torch.bincount(token_B, minlength=50) / points
+        torch.testing.assert_close(share_V, expected_V.exp(), atol=2 / points, rtol=0)
+        torch.testing.assert_close(logp_B, expected_V[token_B], atol=1e-5, rtol=0)
+        policy_V = (logits_1V[0] / params.temperature).log_softmax(-1)
+        torch.testing.assert_close(policy_logp_B, policy_V[token_B], atol=1e-6, rtol=0)
+
+
+def test_first_and_second_tokens_follow_the_model():
+    """Frequencies over many keys, against an independent forward; the second token given the first."""
+    model = language_model()
+    hf, prompt = twin(model), PROMPTS[0]
+    requests = [Request(tokens=prompt, key=key(5, i)) for i in range(4000)]
+    done = EmbeddedEngine(model, 1000).generate(requests, SamplingParams(temperature=0.5, max_tokens=2))
+    first = torch.tensor([c.tokens[0] for c in done])
+    value, bound = chi_square(first, (forward_logits(hf, prompt)[-1] / 0.5).softmax(-1))
+    assert value < bound
+    common = int(first.mode().values)
+    second = torch.tensor([c.tokens[1] for c in done if c.tokens[0] == common and len(c.tokens) > 1])
+    assert len(second) > 200
+    value, bound = chi_square(second, (forward_logits(hf, (*prompt, common))[-1] / 0.5).softmax(-1))
+    assert value < bound
+
+
+def test_truncated_frequencies_follow_transformers_processors():
+    params = SamplingParams(temperature=0.8, top_k=12, top_p=0.9, min_p=0.05, repetition_penalty=1.2)
+    generator = torch.Generator().manual_seed(2)
+    logits_1V, seen = 2 * torch.randn(1, 40, generator=generator), torch.tensor([[1, 2, 3, 30]])
+    expected_V = processors(params)(seen, logits_1V).softmax(-1)[0]
+    draws = 20_000
+    uniform_B = uniforms(keys_tensor([key(11, 1)], torch.device("cpu")), draws)[0]
+    seen_1V = torch.zeros(1, 40, dtype=torch.bool).scatter(1, seen, True)
+    drawn, _, _ = choose(
+        logits_1V.expand(draws, -1), uniform_B, params, None, seen_1V.expand(draws, -1)
+    )
+    assert 1 < int((expected_V > 0).sum()) <= 12
+    value, bound = chi_square(drawn, expected_V)
+    assert value < bound
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["temperature", "all"])
+def test_logp_is_that_of_an_independent_forward(family, name):
+    model = language_model(family)
+    hf, params = twin(model), SETTINGS[name]
+    params = SamplingParams(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        max_tokens=16,
+    )
+    requests = [Request(tokens=p, key=key(2, i, a)) for i, p in enumerate(PROMPTS) for a in range(2)]
+    for request, done in zip(requests, EmbeddedEngine(model, 4).generate(requests, params)):
+        whole = (*request.tokens, *done.tokens)
+        logits = forward_logits(hf, whole)
+        for i, token in enumerate(done.tokens):
+            place = len(request.tokens) + i - 1
+            seen, scores = torch.tensor([whole[: place + 1]]), logits[place][None]
+            drawn = processors(params)(seen, scores).log_softmax(-1)[0, token]
+            policy = (scores / params.temperature).log_softmax(-1)[0, token]
+            assert done.logp[i] == pytest.approx(float(drawn), abs=1e-5)
+            assert done.policy_logp[i] == pytest.approx(float(policy), abs=1e-5)
+
+
+def test_greedy_logp_is_that_of_the_model_at_temperature_one():
+    model = language_model()
+    done = EmbeddedEngine(model, 2).generate(
+        [Request(tokens=PROMPTS[0], key=0)], SamplingParams(temperature=0, max_tokens=8)
+    )[0]
+    logits = forward_logits(twin(model), (*PROMPTS[0], *done.tokens))[len(PROMPTS[0]) - 1 : -1]
+    best = logits.log_softmax(-1).max(-1)
+    assert list(done.tokens) == best.indices.tolist()
+    assert done.logp == pytest.approx(best.values.tolist(), abs=1e-5)
+    assert done.policy_logp == done.logp
+
+
+def test_end_tokens_are_held_back_until_the_minimum():
+    """The model wants to end at once; its other choice has one chance in a thousand."""
+    rules = {7: {END: 0.999, 7: 0.001}}
+    engine, request = EmbeddedEngine(chain(rules), 4), Request(tokens=(7,), key=1)
+    at_once = engine.generate([request], SamplingParams(max_tokens=9))[0]
+    assert (at_once.tokens, at_once.finish) == ((END,), "stop")
+    held = engine.generate([request], SamplingParams(min_tokens=4, max_tokens=9))[0]
+    assert held.tokens == (7, 7, 7, 7, END) and held.finish == "stop"
+    # Drawn from what remains, so certain; under the policy itself improbable.
+    assert held.logp == pytest.approx([0, 0, 0, 0, math.log(0.999)], abs=1e-4)
+    assert held.policy_logp == pytest.approx([math.log(0.001)] * 4 + [math.log(0.999)], abs=1e-4)
+    never = engine.generate([request], SamplingParams(min_tokens=9, max_tokens=9))[0]
+    assert never.tokens == (7,) * 9 and never.finish == "length"
+
+
+def test_an_end_token_beyond_the_vocabulary_is_never_met():
+    """As with a tokenizer that has more entries than the model has rows."""
+    params = SamplingParams(min_tokens=3, max_tokens=6, stop_tokens=frozenset({VOCABULARY, 151_645}))
+    engine, request = EmbeddedEngine(chain({7: {7: 1.0}}), 1), Request(tokens=(7,), key=1)
+    assert engine.generate([request], params)[0].tokens == (7,) * 6
+
+
+def test_end_tokens_come_from_model_tokenizer_and_settings():
+    model = chain(script([5, 6, 7, 8, 9], end=10))
+    model.network.generation_config.eos_token_id = [8, 200]
+    model.tokenizer.eos_token = "<|endoftext|>"
+    engine, request = EmbeddedEngine(model, 1), Request(tokens=(5,), key=0)
+    assert model.stop_tokens == {8, 200, 256}
+    assert engine.generate([request], SamplingParams(max_tokens=9))[0].tokens == (6, 7, 8)
+    sooner = SamplingParams(max_tokens=9, stop_tokens=frozenset({7}))
+    assert engine.generate([request], sooner)[0].tokens == (6, 7)
+
+
+@pytest.mark.parametrize(
+    ("stops", "answer"),
+    [
+        (("wor",), "i wor"),
+        (("d\u3002",), "i world\u3002"),
+        (("\u3002",), "i world\u3002"),
+        (("\u3002\u00e9", "zzz"), "i world\u3002\u00e9"),
+        (("never", "x" * 40), "i world\u3002\u00e9</think>!"),
+        (("think",), "i world\u3002\u00e9</think>"),
+        (("k>!",), "i world\u3002\u00e9</think>!"),
+        (("o", "wo"), "i wo"),
+    ],
+)
+def test_stop_text_ends_the_answer_with_the_token_that_completes_it(stops, answer):
+    """One token per byte, so that texts cross tokens and characters; `</think>` is one token, cut by `think`."""
+    text = "hi world\u3002\u00e9</think>!"
+    model = language_model()
+    model = chain(script(spelled(model, text), end=END))
+    request = Request(tokens=tuple(spelled(model, "h")), key=0)
+    done = EmbeddedEngine(model, 2).generate([request], SamplingParams(max_tokens=30, stop=stops))[0]
+    assert decode(model.tokenizer, done.tokens) == answer
+    assert done.finish == "stop"
+    assert (done.tokens[-1] == END) == (stops[0] == "never")
+
+
+def test_stop_text_before_the_minimum_does_not_end_the_answer():
+    model = language_model()
+    model = chain(script(spelled(model, "abcdefgh"), end=END))
+    request = Request(tokens=tuple(spelled(model, "a")), key=0)
+    params = SamplingParams(max_tokens=30, min_tokens=5, stop=("b", "g"))
+    done = EmbeddedEngine(model, 2).generate([request], params)[0]
+    assert decode(model.tokenizer, done.tokens) == "bcdefg"
+
+
+def test_length_limit_ends_answers_and_an_end_token_at_the_limit_is_a_stop():
+    model = chain(script([5, 6, 7, 8], end=END))
+    engine, request = EmbeddedEngine(model, 1), Request(tokens=(5,), key=0)
+    cut = engine.generate([request], SamplingParams(max_tokens=3))[0]
+    assert (cut.tokens, cut.finish) == ((6, 7, 8), "length")
+    whole = engine.generate([request], SamplingParams(max_tokens=4))[0]
+    assert (whole.tokens, whole.finish) == ((6, 7, 8, END), "stop")
+
+
+def test_answer_may_fill_the_positions_but_not_exceed_them():
+    model = language_model()
+    engine, limit = EmbeddedEngine(model, 2), model.max_positions
+    prompt = tuple(i % 250 for i in range(limit - 4))
+    params = SamplingParams(temperature=0, max_tokens=4)
+    done = engine.generate([Request(tokens=prompt, key=0)], params)[0]
+    logits = forward_logits(twin(model), (*prompt, *done.tokens))
+    assert list(done.tokens) == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+    with pytest.raises(RunError, match=r"129 tokens.*limit of 128.*max_answer_tokens"):
+        engine.generate([Request(tokens=prompt, key=0)], SamplingParams(max_tokens=5))
+
+
+def test_no_requests_give_no_answers():
+    assert EmbeddedEngine(language_model(), 2).generate([], SamplingParams()) == []
+
+
+def test_a_poll_that_raises_abandons_the_work_and_leaves_the_engine_usable():
+    engine = EmbeddedEngine(language_model(), 3)
+    requests = [Request(tokens=p, key=i) for i, p in enumerate(PROMPTS)]
+    params = SamplingParams(max_tokens=12)
+    before = engine.generate(requests, params)
+    calls = []
+
+    def poll():
+        calls.append(None)
+        if len(calls) == 6:
+            raise InterruptedError("stop here")
+
+    with pytest.raises(InterruptedError, match="stop here"):
+        engine.generate(requests, params, poll=poll)
+    assert len(calls) == 6
+    assert engine.generate(requests, params) == before
+
+
+def test_on_token_sees_each_token_of_each_answer_once_and_in_order():
+    seen = {i: [] for i in range(len(PROMPTS))}
+    done = EmbeddedEngine(language_model(), 2).generate(
+        [Request(tokens=p, key=i) for i, p in enumerate(PROMPTS)],
+        SamplingParams(max_tokens=20, stop_tokens=STOPS),
+        on_token=lambda index, token: seen[index].append(token),
+    )
+    assert [tuple(seen[i]) for i in seen] == [c.tokens for c in done]
+
+
+def test_uniforms_are_uniform_and_independent():
+    """4.9 standard deviations: each bound fails by chance once in a million."""
+    keys = keys_tensor([key(0, 0, step, prompt) for step in range(16) for prompt in range(64)], torch.device("cpu"))
+    drawn = uniforms(keys, 256).double()
+    assert drawn.shape == (1024, 256) and drawn.min() >= 0 and drawn.max() < 1
+    count, deviation = drawn.numel(), (1 / 12) ** 0.5
+    assert abs(drawn.mean() - 0.5) < 4.9 * deviation / count**0.5
+    assert abs(drawn.var() - 1 / 12) < 4.9 * (1 / 180) ** 0.5 / count**0.5
+    bins = torch.bincount((drawn.flatten() * 128).long(), minlength=128).double()
+    expected = count / 128
+    assert float(((bins - expected).square() / expected).sum()) < chi_square_bound(127)
+    centred = (drawn - 0.5) / deviation
+    for one, other in [
+        (centred[:, 1:], centred[:, :-1]),  # neighbouring positions of an answer
+        (centred[1:], centred[:-1]),  # the same position of neighbouring prompts
+        (centred[64:], centred[:-64]),  # the same prompt in neighbouring steps
+    ]:
+        assert abs((one * other).mean()) < 4.9 / one.numel() ** 0.5
+    pairs = ((drawn[:, :-1] * 16).long() * 16 + (drawn[:, 1:] * 16).long()).flatten()
+    value, bound = chi_square(pairs[::2], torch.full((256,), 1 / 256))
+    assert value < bound
+    assert len({tuple(row) for row in drawn.tolist()}) == 1024
+
+
+def test_uniforms_depend_on_key_and_position_alone():
+    keys = keys_tensor([key(1, i) for i in range(5)], torch.device("cpu"))
+    whole = uniforms(keys, 40)
+    assert torch.equal(uniforms(keys[3:4], 7)[0], whole[3, :7])
+    assert torch.equal(uniforms(keys.flip(0), 40), whole.flip(0))
+
+
+def test_every_part_of_a_key_counts_and_so_does_their_order():
+    parts = [(), (0,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (2**32, 0), (0, 2**32), (7, 3, 5), (7, 5, 3)]
+    assert len({key(*p) for p in parts}) == len(parts)
+    assert all(0 <= key(*p) < 2**64 for p in parts)
+    many = {key(s, d, n, p, a) for s in range(3) for d in range(2) for n in range(9) for p in range(9) for a in range(9)}
+    assert len(many) == 3 * 2 * 9**3

@@ -1,0 +1,182 @@
+"""What the world does to a run: each fault has an outcome that was chosen, and a message that says it."""
+
+import errno
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tandem.checkpoint import lock, newest
+from tandem.config import preset_names
+from tandem.errors import ConfigError, RunError
+from tandem.journal import read_metrics
+from tandem.placement import inline
+from tandem.train import snapshot
+from tandem.train.run import train
+
+BAD = Path(__file__).parent / "data" / "bad_rewards.py"
+
+
+def rewarded(name: str, **more: object) -> dict[str, object]:
+    return {"functions": [{"name": f"{BAD}:{name}"}], **more}
+
+
+def rows(run) -> list[dict[str, float]]:
+    return read_metrics(Path(run.run_dir) / "metrics.jsonl")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def all_finite(run) -> bool:
+    return all(math.isfinite(value) for row in rows(run) for value in row.values())
+
+
+def test_rewards_that_mostly_fail_end_the_run_with_their_cause(random_folder, make_run, quiet):
+    run = make_run(random_folder, steps=10, reward=rewarded("raises"))
+    with pytest.raises(RunError, match=r"3 steps in a row.*no such column"):
+        train(run, quiet)
+    assert len(rows(run)) == 2, "the third step in a row is the last"
+
+
+def test_failed_rewards_are_masked_and_counted(random_folder, make_run, quiet):
+    for name, kind in (("raises_sometimes", "error"), ("hangs_sometimes", "timeout")):
+        run = make_run(
+            random_folder,
+            run_dir=f"{make_run().run_dir}-{kind}",
+            steps=2,
+            data={"limit": 12},
+            sampling={"prompts_per_step": 12, "answers_per_prompt": 2},
+            reward=rewarded(name, timeout_s=0.3, max_failure_share=1.0),
+        )
+        train(run, quiet)
+        assert rows(run)[0][f"reward/failures/{kind}"] > 0
+        assert rows(run)[0]["reward/failures"] < 24, "the others were scored"
+        assert all_finite(run)
+
+
+def test_equal_rewards_change_nothing_at_all(random_folder, make_run, quiet):
+    run = make_run(
+        random_folder,
+        steps=2,
+        reward=rewarded("constant"),
+        learner={"optimizer": {"weight_decay": 0.1}},
+        algorithm={"kl": {"coef": 0.0}},
+    )
+    train(run, quiet)
+    start, end = weights(random_folder), weights(Path(run.run_dir) / "model")
+    assert all(torch.equal(start[name], end[name]) for name in start)
+    assert rows(run)[0]["frac_zero_std"] == 1 and rows(run)[0]["actor/skipped_empty"] == 1
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_a_group_of_one_is_finite(preset, random_folder, make_run, quiet):
+    run = make_run(
+        random_folder,
+        steps=2,
+        sampling={"answers_per_prompt": 1},
+        reward=rewarded("length"),
+        algorithm={"preset": preset, "kl": {"coef": 0.05}},
+    )
+    train(run, quiet)
+    assert all_finite(run)
+
+
+def test_a_batch_of_truncated_answers_is_finite_and_teaches_nothing(random_folder, make_run, quiet):
+    run = make_run(
+        random_folder,
+        steps=2,
+        sampling={"max_answer_tokens": 1},
+        reward=rewarded("length"),
+        algorithm={"drop_truncated": True, "kl": {"coef": 0.0}},
+    )
+    train(run, quiet)
+    assert rows(run)[0]["truncated_share"] > 0.9
+    assert all_finite(run)
+
+
+def test_dynamic_sampling_of_equal_groups_stops_at_its_bound(random_folder, make_run, quiet):
+    run = make_run(random_folder, steps=1, reward=rewarded("constant"), algorithm={"keep": "mixed", "max_refills": 2})
+    train(run, quiet)
+    assert rows(run)[0]["rollout/refills"] == 2 and rows(run)[0]["rollout/dropped_groups"] == 12
+
+
+def test_two_runs_cannot_share_a_folder(random_folder, make_run, quiet):
+    run = make_run(random_folder)
+    with lock(Path(run.run_dir)), pytest.raises(RunError, match=r"in use by .*set another run_dir"):
+        train(run, quiet)
+
+
+def test_a_full_disk_does_not_stop_training_but_fails_the_run_if_it_stays_full(
+    random_folder, make_run, quiet, monkeypatch
+):
+    write, calls = snapshot.write, []
+
+    def full(folder, run, roles, boundary):
+        calls.append(boundary.step)
+        (folder / "half").write_text("half")
+        if boundary.step in broken:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder, run, roles, boundary)
+
+    monkeypatch.setattr(snapshot, "write", full)
+    broken = {2}
+    run = make_run(random_folder, steps=4, checkpoint={"every": 2}, reward=rewarded("length"))
+    train(run, quiet)
+    assert calls == [2, 4] and newest(Path(run.run_dir) / "checkpoints", strict=True).name == "step_00000004"
+
+    broken, later = {5, 6, 7, 8}, run.model_copy(update={"steps": 8})
+    with pytest.raises(RunError, match="No space left"):
+        train(later, quiet)
+    assert newest(Path(run.run_dir) / "checkpoints", strict=True).name == "step_00000004"
+    assert not list((Path(run.run_dir) / "checkpoints").glob("*tmp*"))
+
+
+def test_a_sampler_that_means_something_else_by_a_logprob_is_found_before_the_first_update(
+    random_folder, make_run, quiet, monkeypatch
+):
+    honest = inline.sampling_params
+
+    def hotter(run, template):
+        import dataclasses
+
+        return dataclasses.replace(honest(run, template), temperature=1.1)
+
+    monkeypatch.setattr(inline, "sampling_params", hotter)
+    run = make_run(random_folder)
+    with pytest.raises(RunError, match=r"sampler and trainer disagree.*its temperature"):
+        train(run, quiet)
+    assert not rows(run)
+
+
+def test_prompts_and_answers_that_cannot_fit_are_refused_before_the_first_step(random_folder, make_run, quiet):
+    with pytest.raises(ConfigError, match=r"sampling.max_answer_tokens=300 make \d+, above the model's 256"):
+        train(make_run(random_folder, sampling={"max_answer_tokens": 300}), quiet)
+
+
+def test_weights_that_are_not_finite_stop_the_run_and_leave_a_finite_checkpoint(
+    random_folder, make_run, quiet, monkeypatch
+):
+    from tandem.learner import Actor
+
+    honest, seen = Actor._accumulate, []
+
+    def poisoned(self, part, kl_coef):
+        sums = honest(self, part, kl_coef)
+        seen.append(1)
+        if len(seen) > 2:
+            next(iter(self.model.trainable().values())).grad.fill_(float("nan"))
+        return sums
+
+    monkeypatch.setattr(Actor, "_accumulate", poisoned)
+    run = make_run(
+        random_folder, steps=10, checkpoint={"every": 1}, reward=rewarded("length"), learner={"max_nonfinite": 3}
+    )
+    with pytest.raises(RunError, match=r"not finite .* in 3 updates in a row"):
+        train(run, quiet)
+    assert [row["actor/skipped_nonfinite"] for row in rows(run)] == [0, 0, 1, 1]
+    last = newest(Path(run.run_dir) / "checkpoints", strict=True)
+    assert all(tensor.isfinite().all() for tensor in weights(last / "model").values())

@@ -1,0 +1,136 @@
+"""A run that was stopped and went on is the run that was never stopped, bit for bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tandem.checkpoint import newest
+from tandem.errors import ConfigError
+from tandem.journal import read_metrics, repeatable
+from tandem.journal.rollouts import read
+from tandem.train.interrupt import Interrupted
+from tandem.train.run import train
+from tandem.train.session import Session
+
+VARIANTS = {
+    "plain": {},
+    "several updates and epochs": {"learner": {"updates_per_step": 2, "epochs_per_step": 2}},
+    "answers sampled ahead": {"sampling": {"max_lag": 2}},
+    "moving reference, adaptive KL": {
+        "algorithm": {"kl": {"coef": 0.1, "target": 0.05}},
+        "reference": {"refresh_every": 3},
+    },
+    "adapters with dropout off": {"model": {"lora": {"rank": 4}}},
+    "dynamic sampling": {"algorithm": {"keep": "mixed", "max_refills": 2}},
+    "bfloat16 with master weights": {"model": {"dtype": "bf16"}},
+}
+
+
+def trajectory(run) -> list[dict[str, object]]:
+    """Everything the journal says that does not depend on the clock."""
+    rows = read_metrics(Path(run.run_dir) / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k == "step" or repeatable(k)} for row in rows]
+
+
+def state(run) -> dict[str, torch.Tensor]:
+    folder = newest(Path(run.run_dir) / "checkpoints", strict=True)
+    files = sorted(folder.rglob("*.safetensors"))
+    return {f"{file.relative_to(folder)}:{k}": v for file in files for k, v in load_file(file).items()}
+
+
+def answers(run) -> list[object]:
+    files = sorted((Path(run.run_dir) / "rollouts").iterdir())
+    return [(r["step"], r["prompt_id"], r["answer"], r["reward"], r["logp"]) for f in files for r in read(f)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_four_steps_and_six_more_equal_ten_across_an_epoch_boundary(
+    variant, adding_folder, make_run, quiet, tmp_path
+):
+    # 18 questions, 4 a step: the first epoch ends within step 5.
+    common = {"data": {"limit": 18}, "reward": {"functions": [digits()]}, **VARIANTS[variant]}
+    whole = make_run(adding_folder, run_dir=str(tmp_path / "whole"), steps=10, **common)
+    train(whole, quiet)
+    part = make_run(adding_folder, run_dir=str(tmp_path / "part"), steps=4, **common)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_before(patch, 4)
+        with pytest.raises(Interrupted):
+            train(part.model_copy(update={"steps": 10}), quiet)
+    train(part.model_copy(update={"steps": 10}), quiet)
+    assert trajectory(part) == trajectory(whole)
+    assert answers(part) == answers(whole)
+    ours, theirs = state(part), state(whole)
+    assert ours.keys() == theirs.keys() and len(ours) > 10
+    for name, tensor in theirs.items():
+        if not name.startswith("random."):
+            assert torch.equal(ours[name], tensor), name
+
+
+def test_an_interrupted_evaluation_is_repeated_on_resume(adding_folder, make_run, quiet, tmp_path):
+    common = {
+        "data": {"eval": "tandem:addition:test"},
+        "eval": {"every": 2, "questions": 4, "answers": 2},
+        "steps": 5,
+    }
+    whole = make_run(adding_folder, run_dir=str(tmp_path / "whole"), **common)
+    train(whole, quiet)
+    part = make_run(adding_folder, run_dir=str(tmp_path / "part"), **common)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_before(patch, 2)
+        with pytest.raises(Interrupted):
+            train(part, quiet)
+    train(part, quiet)
+    assert trajectory(part) == trajectory(whole)
+    assert [row["step"] for row in trajectory(part) if "eval/accuracy" in row] == [0, 2, 4, 5]
+
+
+def test_resume_refuses_another_configuration_unless_told(adding_folder, make_run, quiet):
+    run = make_run(adding_folder, steps=2)
+    train(run, quiet)
+    changed = make_run(adding_folder, steps=3, learner={"optimizer": {"lr": 0.5}})
+    with pytest.raises(ConfigError, match=r"learner.optimizer.lr: 0.0001 -> 0.5"):
+        train(changed, quiet)
+    quiet.allow_config_change = True
+    train(changed, quiet)
+    assert [row["step"] for row in trajectory(run)] == [0, 1, 2]
+
+
+def test_resume_refuses_changed_questions(adding_folder, make_run, quiet, tmp_path):
+    file = tmp_path / "sums.jsonl"
+    rows = [{"question": f"{i}+{i}", "answer": str(2 * i)} for i in range(15, 25)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = make_run(adding_folder, steps=1, data={"train": str(file)})
+    train(run, quiet)
+    file.write_text(file.read_text().replace("15+15", "15+16"))
+    with pytest.raises(RuntimeError, match=r"questions of data.train changed"):
+        train(run.model_copy(update={"steps": 2}), quiet)
+
+
+def test_fresh_sets_the_earlier_run_aside(adding_folder, make_run, quiet):
+    run = make_run(adding_folder, steps=1)
+    train(run, quiet)
+    quiet.fresh = True
+    train(run, quiet)
+    aside = Path(f"{run.run_dir}.1")
+    assert (aside / "model" / "config.json").exists() and (aside / "metrics.jsonl").exists()
+    assert [row["step"] for row in trajectory(run)] == [0]
+
+
+def digits() -> dict[str, str]:
+    """A reward that even a poor model varies in: the share of digits in the answer."""
+    return {"name": f"{Path(__file__).parent / 'data' / 'digit_share.py'}:digit_share"}
+
+
+def stop_before(patch: pytest.MonkeyPatch, step: int) -> None:
+    """As a signal would: between two steps, after their boundary is noted."""
+    inner = Session._evaluate
+
+    def evaluate(self: Session, now: int) -> dict[str, float]:
+        if now == step:
+            raise Interrupted(15)
+        return inner(self, now)
+
+    patch.setattr(Session, "_evaluate", evaluate)
