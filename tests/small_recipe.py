@@ -28,7 +28,7 @@ def recipe(folder: Path, **changes: Any) -> Path:
         "steps": 4,
         "threads": 1,
         "model": {"new": {"hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "max_positions": 128}},
-        "data": {"train": "tandem:addition", "eval": "tandem:addition:test", "max_prompt_tokens": 64},
+        "data": {"train": "tandem:addition", "eval": "tandem:addition:test", "limit": 200},
         "sampling": {"prompts_per_step": 4, "answers_per_prompt": 4, "max_answer_tokens": 12},
         "reward": {"functions": [{"name": f"{folder / 'own.py'}:even"}]},
         "learner": {"optimizer": {"lr": 1e-3}},

@@ -30,7 +30,6 @@ from tiny_models import (
     twin,
 )
 
-torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 END = 258
 PROMPTS = [(3, 1, 4, 1, 5), (9,), (2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3), (8, 4), (6, 2, 6, 4, 3, 3, 8)]
 STOPS = frozenset(range(0, VOCABULARY, 16))
@@ -96,7 +95,14 @@ def test_equal_keys_give_equal_answers_however_they_are_batched():
     requests = [Request(tokens=p, key=key(7, i, a)) for i, p in enumerate(PROMPTS) for a in range(5)]
     alone = [EmbeddedEngine(model, 1).generate([r], params)[0] for r in requests]
     assert len({len(c.tokens) for c in alone}) > 8, "answers must end at different times to test refills"
-    for slots, budget, seed in [(1, 8192, 0), (3, 8192, 1), (8, 1, 2), (10, 14, 3), (64, 8192, 4), (64, 1, 5)]:
+    for slots, budget, seed in [
+        (1, 8192, 0),
+        (3, 8192, 1),
+        (8, 1, 2),
+        (10, 14, 3),
+        (64, 8192, 4),
+        (64, 1, 5),
+    ]:
         order = list(range(len(requests)))
         random.Random(seed).shuffle(order)
         engine = EmbeddedEngine(model, slots, tokens_per_prefill=budget)
@@ -208,9 +214,7 @@ def test_truncated_frequencies_follow_transformers_processors():
     draws = 20_000
     uniform_B = uniforms(keys_tensor([key(11, 1)], torch.device("cpu")), draws)[0]
     seen_1V = torch.zeros(1, 40, dtype=torch.bool).scatter(1, seen, True)
-    drawn, _, _ = choose(
-        logits_1V.expand(draws, -1), uniform_B, params, None, seen_1V.expand(draws, -1)
-    )
+    drawn, _, _ = choose(logits_1V.expand(draws, -1), uniform_B, params, None, seen_1V.expand(draws, -1))
     assert 1 < int((expected_V > 0).sum()) <= 12
     value, bound = chi_square(drawn, expected_V)
     assert value < bound
@@ -376,7 +380,9 @@ def test_on_token_sees_each_token_of_each_answer_once_and_in_order():
 
 def test_uniforms_are_uniform_and_independent():
     """4.9 standard deviations: each bound fails by chance once in a million."""
-    keys = keys_tensor([key(0, 0, step, prompt) for step in range(16) for prompt in range(64)], torch.device("cpu"))
+    keys = keys_tensor(
+        [key(0, 0, step, prompt) for step in range(16) for prompt in range(64)], torch.device("cpu")
+    )
     drawn = uniforms(keys, 256).double()
     assert drawn.shape == (1024, 256) and drawn.min() >= 0 and drawn.max() < 1
     count, deviation = drawn.numel(), (1 / 12) ** 0.5
@@ -409,5 +415,12 @@ def test_every_part_of_a_key_counts_and_so_does_their_order():
     parts = [(), (0,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (2**32, 0), (0, 2**32), (7, 3, 5), (7, 5, 3)]
     assert len({key(*p) for p in parts}) == len(parts)
     assert all(0 <= key(*p) < 2**64 for p in parts)
-    many = {key(s, d, n, p, a) for s in range(3) for d in range(2) for n in range(9) for p in range(9) for a in range(9)}
+    many = {
+        key(s, d, n, p, a)
+        for s in range(3)
+        for d in range(2)
+        for n in range(9)
+        for p in range(9)
+        for a in range(9)
+    }
     assert len(many) == 3 * 2 * 9**3

@@ -19,7 +19,6 @@ from tandem.placement.inline import check_vocabulary, reference_of
 from tandem.types import Batch, Experience, take
 from tiny_models import FAMILIES, SHAPE, language_model, network, twin
 
-torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 TEMPERATURE = 0.8
 NEARLY_LINEAR = {"lr": 0.5, "eps": 1.0, "clip_grad": None}
 """AdamW moves a weight by lr g / (|g| + eps): with a large eps the weights show the gradient itself."""
@@ -165,12 +164,17 @@ def test_gradient_is_scaled_down_to_the_bound_only_where_it_is_above(bound):
     assert 0.01 < norm < 1e6 and figures["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     for name, weight in hf.named_parameters():
         theirs, ours = weight.detach() - before[name], actor.model.network.get_parameter(name) - before[name]
-        torch.testing.assert_close(ours, theirs, atol=1e-6 + 1e-4 * theirs.abs().max().item(), rtol=0, msg=name)
+        torch.testing.assert_close(
+            ours, theirs, atol=1e-6 + 1e-4 * theirs.abs().max().item(), rtol=0, msg=name
+        )
 
 
 def test_weight_decay_spares_norms_and_biases():
     """Decoupled: after an update without a gradient to speak of, matrices shrink by lr times decay."""
-    settings = run(algorithm={"kl": {"coef": 0.0}, "entropy": 0.0}, optimizer={"lr": 0.1, "eps": 1e12, "weight_decay": 0.5})
+    settings = run(
+        algorithm={"kl": {"coef": 0.0}, "entropy": 0.0},
+        optimizer={"lr": 0.1, "eps": 1e12, "weight_decay": 0.5},
+    )
     actor = Actor(language_model(), settings)
     before = weights_of(actor.model)
     actor.update([experience(actor)], 0.0)
@@ -230,7 +234,9 @@ def test_update_does_not_depend_on_the_order_of_rows_or_groups():
     def regrouped(order):
         return lambda part: split(part, 1, run().algorithm, 16, torch.tensor(order))[0]
 
-    assert_same(updated(run(), change=regrouped([2, 0, 3, 1])), updated(run(), change=regrouped([0, 1, 2, 3])))
+    assert_same(
+        updated(run(), change=regrouped([2, 0, 3, 1])), updated(run(), change=regrouped([0, 1, 2, 3]))
+    )
 
 
 def test_accumulated_gradient_is_that_of_the_whole_batch_also_off_the_default_weights():
@@ -259,12 +265,16 @@ def test_rows_without_advantage_are_left_out_and_make_no_difference(monkeypatch)
     whole = updated(settings)
     assert with_advantage == 9 and rows_seen[-1] == 12, "group 1 has equal rewards"
     losses = ("actor/pg_loss", "actor/loss", "grad_norm", "actor/updates")
-    assert_same((skipped[0], {n: skipped[1][n] for n in losses}), (whole[0], {n: whole[1][n] for n in losses}))
+    assert_same(
+        (skipped[0], {n: skipped[1][n] for n in losses}), (whole[0], {n: whole[1][n] for n in losses})
+    )
 
 
 def test_rows_without_advantage_still_feel_the_pull_of_the_reference():
     settings = run({"entropy": 0.0})
-    weights, figures = updated(settings, change=lambda part: take(part, (part.group_B == 1).nonzero().squeeze(1)))
+    weights, figures = updated(
+        settings, change=lambda part: take(part, (part.group_B == 1).nonzero().squeeze(1))
+    )
     assert figures["actor/updates"] == 1 and figures["actor/pg_loss"] == 0 and figures["actor/kl_loss"] > 0
     before = weights_of(language_model())
     assert not torch.equal(weights["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
@@ -333,7 +343,9 @@ def test_weights_that_are_not_finite_stop_the_run_after_a_few_updates_in_a_row()
     assert actor.update([part], 0.05)["actor/updates"] == 1, "a good update in between starts the count anew"
     actor.update([bad], 0.05)
     before = weights_of(actor.model)
-    with pytest.raises(RunError, match=r"not finite.*3 updates in a row.*Groups of the last one: \[0, 1, 2, 3\].*lr"):
+    with pytest.raises(
+        RunError, match=r"not finite.*3 updates in a row.*Groups of the last one: \[0, 1, 2, 3\].*lr"
+    ):
         actor.update([bad, bad], 0.05)
     for name, weight in weights_of(actor.model).items():
         assert torch.equal(weight, before[name])
@@ -361,7 +373,9 @@ def test_several_updates_per_step_are_so_many_steps_of_the_optimizer():
         optimizer.step()
     assert figures["actor/updates"] == actor.optimizer.updates == 2
     for name, weight in hf.named_parameters():
-        torch.testing.assert_close(actor.model.network.get_parameter(name), weight, atol=5e-5, rtol=2e-4, msg=name)
+        torch.testing.assert_close(
+            actor.model.network.get_parameter(name), weight, atol=5e-5, rtol=2e-4, msg=name
+        )
 
 
 def test_offloaded_optimizer_makes_the_same_update():
@@ -416,7 +430,9 @@ def test_reference_of_another_size_scores_with_its_own_weights(tmp_path):
         logits = hf(input_ids=raw.tokens_BT[row : row + 1, :length], use_cache=False).logits[0].detach()
         expected = log_softmax(logits[:-1] / TEMPERATURE, -1).gather(-1, raw.tokens_BT[row, 1:length, None])
         mask_T = raw.mask_BT[row, 1:length]
-        torch.testing.assert_close(logp_BT[row, 1:length][mask_T], expected.squeeze(-1)[mask_T], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            logp_BT[row, 1:length][mask_T], expected.squeeze(-1)[mask_T], atol=1e-5, rtol=0
+        )
     assert (logp_BT[~raw.mask_BT] == 0).all()
 
 
@@ -473,8 +489,6 @@ def test_reference_of_a_model_with_adapter_is_its_base():
 
 def test_logprobs_do_not_depend_on_the_token_budget():
     raw = batch()
-    whole, single = (
-        Actor(language_model(), run(tokens_per_forward=n)).logprobs(raw) for n in (100_000, 1)
-    )
+    whole, single = (Actor(language_model(), run(tokens_per_forward=n)).logprobs(raw) for n in (100_000, 1))
     torch.testing.assert_close(single, whole, atol=1e-5, rtol=0)
     assert (whole[~raw.mask_BT] == 0).all() and (whole[raw.mask_BT] < 0).all()

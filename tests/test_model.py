@@ -25,7 +25,6 @@ from tandem.model.new import new_tokenizer
 from tandem.types import pad
 from tiny_models import FAMILIES, SHAPE, forward_logits, language_model, network, twin
 
-torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 CPU = torch.device("cpu")
 PLENTY = 1 << 40
 LORA = Lora(rank=4, alpha=16.0)
@@ -151,7 +150,9 @@ def test_missing_weights_are_named(folder):
     weights = load_file(file)
     del weights["model.layers.1.mlp.up_proj.weight"], weights["model.norm.weight"]
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"lacks 2 weights: model\.layers\.1\.mlp\.up_proj\.weight, model\.norm"):
+    with pytest.raises(
+        ConfigError, match=r"lacks 2 weights: model\.layers\.1\.mlp\.up_proj\.weight, model\.norm"
+    ):
         opened(folder)
 
 
@@ -243,7 +244,9 @@ def test_saved_folder_is_an_ordinary_one_with_the_same_logits(family, tmp_path):
     assert other.config._attn_implementation != "tandem"
     assert "tandem" not in (tmp_path / "config.json").read_text()
     tokens = [5, 3, 200, 7, 9, 1]
-    torch.testing.assert_close(forward_logits(other, tokens), forward_logits(twin(model), tokens), atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        forward_logits(other, tokens), forward_logits(twin(model), tokens), atol=2e-5, rtol=0
+    )
     tied = model.network.config.tie_word_embeddings
     assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == (not tied)
     assert other.config.tie_word_embeddings == tied

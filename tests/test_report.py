@@ -129,7 +129,7 @@ def test_the_summary_names_figures_versions_and_hardware(tmp_path, monkeypatch):
 def test_the_last_words_say_what_came_of_it_where_it_lies_and_what_is_next(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     said = summary().closing(run_of(tmp_path), tmp_path)
-    assert said.startswith("60 steps in 2 min 30 s (2.50 s each).")
+    assert said.startswith("60 steps in 2 min 30 s.")
     assert "accuracy, sampled: 0.125 -> 0.750" in said
     assert "metrics.jsonl" in said and "curve.png" not in said
     assert "steps=20   # accuracy has room to rise" in said

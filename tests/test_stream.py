@@ -19,7 +19,6 @@ from tandem.rewards.watch import FailureWatch
 from tandem.rollout import EVAL, Sampler, Stream, group_from, group_record, mixed, permuted
 from tiny_models import chain, rewrite, spelled
 
-torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 END = 258
 QUESTIONS = 12
 DIGITS = [15 + digit for digit in range(10)]
@@ -143,7 +142,9 @@ def test_no_group_is_older_than_the_lag_and_says_which_weights_made_it(make, cha
         groups = stream.take(version)
         lag = min(version, max_lag)
         for r in (r for g in groups for r in g.rollouts):
-            assert r.text == str(r.oldest_version) == str(r.newest_version), "labelled by the weights that made it"
+            assert r.text == str(r.oldest_version) == str(r.newest_version), (
+                "labelled by the weights that made it"
+            )
             assert version - r.oldest_version == lag
         assert stream.last["rollout/lag_max"] == stream.last["rollout/lag_mean"] == lag
         assert len(stream.ahead) == max_lag

@@ -74,12 +74,17 @@ def twin(model: LanguageModel) -> PreTrainedModel:
     return other
 
 
-def chain(rules: dict[int, dict[int, float]], max_positions: int = 128) -> LanguageModel:
+def chain(rules: dict[int, dict[int, float]], max_positions: int = 128, layers: int = 2) -> LanguageModel:
     """A network whose next token depends on the last one alone: `rules[last][next]` is a probability.
 
     Attention and MLP add nothing, embeddings are unit vectors, so the output head is the table of log-probabilities.
     """
-    shape = {**SHAPE, "hidden_size": VOCABULARY, "max_position_embeddings": max_positions}
+    shape = {
+        **SHAPE,
+        "hidden_size": VOCABULARY,
+        "max_position_embeddings": max_positions,
+        "num_hidden_layers": layers,
+    }
     config = Qwen2Config(**shape, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
     made = Qwen2ForCausalLM(config).eval()
     with torch.no_grad():

@@ -174,9 +174,9 @@ WEIGHTS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 def assess(
     batch: Batch,
     algorithm: Algorithm,
-    *,
     max_answer_tokens: int,
     kl_coef: float,
+    *,
     old_logp_BT: Tensor | None = None,
     ref_logp_BT: Tensor | None = None,
 ) -> tuple[Experience, dict[str, float]]:
@@ -209,6 +209,7 @@ def assess(
     )
     return experience, {
         "kl/reference": masked_mean(kl_BT, mask_BT),
+        "kl/coef": kl_coef,
         **correction,
         **_spread(experience, batch),
     }

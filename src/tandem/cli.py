@@ -95,7 +95,7 @@ def train(
     """Train as a recipe says, or go on where its run stopped."""
     run = resolved(recipe, overrides)
     command = shlex.join([recipe, *(overrides or [])])
-    if not fresh and say_if_finished(run, command, allow_config_change):
+    if not fresh and say_if_finished(run, recipe, overrides or [], allow_config_change):
         return
     quiet_libraries()
     from tandem.train.run import Launch
@@ -258,7 +258,8 @@ def evaluate(
         result = measure(run, open_model(place, pick(run.device)), model)
     if json is not None:
         result.write(json)
-    console.print(result.table(run.journal.samples))
+    if run.journal.samples:
+        console.print(result.table(run.journal.samples))
     typer.echo(result.sentence())
 
 
@@ -277,7 +278,7 @@ def recipe_file(recipe: str) -> str:
     return str(packaged) if is_name and packaged.is_file() else recipe
 
 
-def say_if_finished(run: "Run", command: str, allow_config_change: bool) -> bool:
+def say_if_finished(run: "Run", recipe: str, overrides: list[str], allow_config_change: bool) -> bool:
     """Nothing is left to do: all steps are done and the model is exported, with this configuration."""
     from tandem.checkpoint import newest, read_manifest
     from tandem.config import difference, load
@@ -291,6 +292,7 @@ def say_if_finished(run: "Run", command: str, allow_config_change: bool) -> bool
     if difference(load(checkpoint / "config.yaml"), run) and not allow_config_change:
         return False
     more = max(2 * done, 1)
+    command = shlex.join([recipe, *(text for text in overrides if not text.startswith("steps="))])
     typer.echo(
         f"{folder} is finished: {done} of {run.steps} steps are done, the model is in {folder / 'model'}\n"
         f"  tandem train {command} steps={more}   # go on\n"

@@ -66,6 +66,16 @@ class Actor(Scorer):
         if run.learner.checkpointing:
             model.network.gradient_checkpointing_enable({"use_reentrant": False})
 
+    def old_logprobs(self, batch: Batch) -> Tensor | None:
+        """The ratio's denominator: None where the ratio is 1, or as `Run.old_logp` says."""
+        match self.run.old_logp:
+            case "none":
+                return None
+            case "rollout":
+                return batch.policy_logp_BT
+            case "recompute":
+                return self.logprobs(batch)
+
     def update(self, parts: Sequence[Experience], kl_coef: float) -> dict[str, float]:
         """One optimizer update per part. Parts without signal and non-finite ones change nothing at all."""
         totals: dict[str, float] = {}

@@ -266,6 +266,14 @@ class Algorithm(Section):
     """Where the ratio's denominator comes from. `auto`: left out when one update per step makes the ratio 1,
     recomputed by the trainer otherwise; `rollout`: the sampler's own figures."""
 
+    @model_validator(mode="after")
+    def _each_key_matters(self) -> "Algorithm":
+        if self.advantage == "discounted" and self.scale == "group_std":
+            raise ValueError("algorithm.advantage=discounted knows no group_std; use scale=batch_std or none")
+        if self.advantage != "discounted" and (self.group_baseline or self.discount != 1.0):
+            raise ValueError("algorithm.group_baseline and algorithm.discount need advantage=discounted")
+        return self
+
 
 class Optimizer(Section):
     """AdamW and its learning rate."""

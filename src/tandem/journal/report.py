@@ -74,7 +74,9 @@ class Summary:
     steps: int
     """Steps done."""
     seconds: float
-    """Wall time from the first step to the end, warm-up and evaluation included."""
+    """Wall time from loading to the end, warm-up and evaluation included."""
+    warmup_seconds: float = 0.0
+    """The part of it that the warm-up took."""
     start: Mapping[str, float]
     """`eval/*` metrics before the first step."""
     end: Mapping[str, float]
@@ -86,6 +88,7 @@ class Summary:
             "recipe": self.recipe,
             "steps": self.steps,
             "seconds": round(self.seconds, 3),
+            "warmup_seconds": round(self.warmup_seconds, 3),
             "start": dict(self.start),
             "end": dict(self.end),
             "seed": run.seed,
@@ -98,8 +101,8 @@ class Summary:
 
     def closing(self, run: Run, folder: Path) -> str:
         """The last words on the console: what came of it, where it lies, what to try next."""
-        per_step = f" ({self.seconds / self.steps:.2f} s each)" if self.steps else ""
-        lines = [f"{self.steps} steps in {_clock(self.seconds)}{per_step}."]
+        warmup = f", {_clock(self.warmup_seconds)} of it warm-up" if self.warmup_seconds else ""
+        lines = [f"{self.steps} steps in {_clock(self.seconds)}{warmup}."]
         lines += [
             f"  {label}: {self.start[name]:.3f} -> {self.end[name]:.3f}"
             for name, label in _FIGURES.items()

@@ -129,7 +129,9 @@ def describe(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(existing(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as cause:
-        raise ConfigError(f"model.path={path}: its config.json cannot be used: {first_line(cause)}") from cause
+        raise ConfigError(
+            f"model.path={path}: its config.json cannot be used: {first_line(cause)}"
+        ) from cause
 
 
 def first_line(cause: BaseException) -> str:

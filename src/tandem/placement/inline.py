@@ -33,8 +33,11 @@ class Roles:
     kl: KlController
 
     def publish(self, version: int) -> None:
-        """Give the sampler the actor's weights. In one process they are the same, so only the number moves."""
+        """Give the actor's weights to the sampler, and to the reference when it is due. In one process the sampler
+        has them already, so only the number moves."""
         self.sampler.version = version
+        if self.reference is not None and self.actor.run.refreshes_reference(version):
+            self.reference.refresh(self.actor)
 
 
 def build(
@@ -125,4 +128,4 @@ def restore(roles: Roles, saved: Mapping[str, Any], version: int) -> None:
     roles.actor.nonfinite_in_a_row = saved["nonfinite_in_a_row"]
     roles.actor.optimizer.updates = saved["updates"]
     roles.stream.watch.restore(saved["failure_watch"])
-    roles.publish(version)
+    roles.sampler.version = version

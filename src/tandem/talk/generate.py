@@ -63,6 +63,7 @@ def generate(
 ) -> Iterator[Reply]:
     """`answers` replies to each prompt, in order; the same seed gives the same ones."""
     rows = [speaker.prompt(dialog(speaker, prompt)) for prompt in prompts]
+    wanted = params.max_tokens
     params = within_positions(speaker, prompts, rows, params)
     requests = [
         Request(tokens=tokens, key=key(seed, number, sample))
@@ -70,6 +71,11 @@ def generate(
         for sample in range(answers)
     ]
     done = EmbeddedEngine(speaker.model, SLOTS).generate(requests, params)
+    if params.max_tokens < wanted and any(completion.finish == "length" for completion in done):
+        positions = speaker.model.max_positions
+        logger.warning(
+            "cut after %d tokens: the model's %d positions hold no more", params.max_tokens, positions
+        )
     for number, completion in enumerate(done):
         tokens = completion.tokens
         yield Reply(
@@ -99,7 +105,4 @@ def within_positions(
             f"the prompt {prompt[:40]!a}... has {longest:,} tokens, and the model has {positions:,} positions for "
             "prompt and answer; shorten it"
         )
-    room = positions - longest
-    if params.max_tokens > room:
-        logger.warning("answers end after %d tokens: the model's %d positions hold no more", room, positions)
-    return replace(params, max_tokens=min(params.max_tokens, room))
+    return replace(params, max_tokens=min(params.max_tokens, positions - longest))

@@ -193,7 +193,9 @@ def look_at_memory(bench: Bench) -> list[Line]:
     free = on_host if on_device is None else on_device
     offloaded = sum(need.host.values())
     peak = need.peak + (offloaded if on_device is None else 0)
-    lines = [fits(f"about {readable(peak)} of {readable(free)} free ({need.sentence()})", peak, free, SMALLER)]
+    lines = [
+        fits(f"about {readable(peak)} of {readable(free)} free ({need.sentence()})", peak, free, SMALLER)
+    ]
     if offloaded and on_device is not None:
         said = f"about {readable(offloaded)} of {readable(on_host)} free on the host"
         lines.append(fits(said, offloaded, on_host, "unset learner.optimizer.offload"))

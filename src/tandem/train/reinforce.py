@@ -27,48 +27,34 @@ class Observer(Protocol):
 
 def reinforce(run: Run, roles: Roles, observer: Observer, timer: Timer, start: int = 0) -> None:
     """Sample, score, assess, update, publish: from step `start` to the end of the run."""
-    actor, reference, stream, algorithm = roles.actor, roles.reference, roles.stream, run.algorithm
-    limit, updates = run.sampling.max_answer_tokens, run.learner.updates_per_step
+    actor, reference, stream, kl = roles.actor, roles.reference, roles.stream, roles.kl
+    algorithm, limit = run.algorithm, run.sampling.max_answer_tokens
+    epochs, updates = run.learner.epochs_per_step, run.learner.updates_per_step
     for step in range(start, run.steps):
         observer.before(step)
         with timer("all"):
             groups = stream.take(step)
             batch = collate(groups)
-            with timer("old_log_p"):
-                old_logp_BT = OLD_LOGP[run.old_logp](actor, batch)
-            with timer("reference_model"):
-                ref_logp_BT = reference.logprobs(batch) if reference else None
             if step == start:
                 check_agreement(actor, collate(stream.newest))
+            with timer("old_log_p"):
+                old = actor.old_logprobs(batch)
+            with timer("reference_model"):
+                ref = reference.logprobs(batch) if reference else None
             with timer("adv"):
                 experience, figures = assess(
-                    batch,
-                    algorithm,
-                    max_answer_tokens=limit,
-                    kl_coef=roles.kl.coef,
-                    old_logp_BT=old_logp_BT,
-                    ref_logp_BT=ref_logp_BT,
+                    batch, algorithm, limit, kl.coef, old_logp_BT=old, ref_logp_BT=ref
                 )
             with timer("update"):
-                for epoch in range(run.learner.epochs_per_step):
-                    order_G = shuffled(len(groups), key(run.seed, step, epoch))
-                    parts = split(experience, updates, algorithm, limit, order_G)
-                    figures |= actor.update(parts, roles.kl.coef)
-            figures["kl/coef"] = roles.kl.coef
-            roles.kl.observe(figures["kl/reference"], batch.size)
-            if reference and run.refreshes_reference(step + 1):
-                reference.refresh(actor)
+                orders = [shuffled(len(groups), key(run.seed, step, epoch)) for epoch in range(epochs)]
+                parts = [
+                    p for order_G in orders for p in split(experience, updates, algorithm, limit, order_G)
+                ]
+                figures |= actor.update(parts, kl.coef)
+            kl.observe(figures["kl/reference"], batch.size)
             roles.publish(step + 1)
         observer.after(step, groups, experience, figures)
     observer.before(run.steps)
-
-
-OLD_LOGP = {
-    "none": lambda actor, batch: None,
-    "recompute": lambda actor, batch: actor.logprobs(batch),
-    "rollout": lambda actor, batch: batch.policy_logp_BT,
-}
-"""The ratio's denominator, by `Run.old_logp`."""
 
 
 def shuffled(count: int, seed: int) -> torch.Tensor:

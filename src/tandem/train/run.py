@@ -88,15 +88,16 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
     (folder / "config.yaml").write_text(dump(run), encoding="utf-8")
     step = 0 if resume is None else read_json(resume / "state.json")["step"]
     journal.rewind(step - 1)
+    warmed = 0.0
     if resume is None and run.warmup is not None:
-        warm_up(run, model, prompts, journal, interruption)
+        warmed = warm_up(run, model, prompts, journal, interruption)
     reference = resume / snapshot.REFERENCE if resume is not None and snapshot.keeps_reference(run) else None
     roles = inline.build(run, model, prompts, scorer, reference)
     if resume is not None:
         snapshot.restore(resume, roles, prompts.fingerprint)
         console.print(f"going on from {resume}, {step} of {run.steps} steps done", highlight=False)
     timer = Timer(lambda: synchronize(device))
-    return Session(run, roles, prompts, held_out, journal, timer, interruption, step)
+    return Session(run, roles, prompts, held_out, journal, timer, interruption, step, warmed)
 
 
 def held_out_questions(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
@@ -141,9 +142,10 @@ def set_aside(folder: Path, console: Console) -> None:
 
 def warm_up(
     run: Run, model: LanguageModel, prompts: PromptSet, journal: Journal, interruption: Interruption
-) -> None:
-    """Supervised training on the task's own demonstrations."""
+) -> float:
+    """Supervised training on the task's own demonstrations; returns its seconds."""
     assert run.warmup is not None
+    began = time.monotonic()
     warmup = run.warmup
     name = run.data.train.removeprefix("tandem:").partition(":")[0]
     batches = demonstrations(
@@ -169,6 +171,7 @@ def warm_up(
         logits_mb=run.learner.logits_mb,
         on_step=on_step,
     )
+    return time.monotonic() - began
 
 
 def finish(run: Run, launch: Launch, session: Session, seconds: float) -> Summary:
@@ -183,6 +186,7 @@ def finish(run: Run, launch: Launch, session: Session, seconds: float) -> Summar
         recipe=launch.recipe,
         steps=run.steps,
         seconds=seconds,
+        warmup_seconds=session.warmup_seconds,
         start=eval_figures(evaluated[0]) if evaluated else {},
         end=eval_figures(evaluated[-1]) if evaluated else {},
     )

@@ -36,9 +36,11 @@ class Session:
         timer: Timer,
         interruption: Interruption,
         start: int,
+        warmup_seconds: float,
     ) -> None:
         self.run, self.roles, self.prompts, self.held_out = run, roles, prompts, held_out
         self.journal, self.timer, self.interruption = journal, timer, interruption
+        self.warmup_seconds = warmup_seconds
         self.checkpoints = Path(run.run_dir) / "checkpoints"
         self.boundary = self._boundary(start)
         self.first: Evaluation | None = None
