@@ -41,6 +41,7 @@ def small_batch(
         reward_B=torch.tensor(flat, dtype=torch.float64),
         group_B=torch.tensor([i for i, group in enumerate(rewards) for _ in group]),
         length_B=torch.tensor([PROMPT + n for n in spans]),
+        prompt_length_B=torch.full((len(spans),), PROMPT),
         truncated_B=torch.tensor([i in truncated for i in range(len(flat))]),
         version_B=torch.zeros(len(flat), dtype=torch.long),
     )

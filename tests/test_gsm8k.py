@@ -17,7 +17,7 @@ from tandem.journal import read_metrics
 from tandem.model.new import new_tokenizer
 from tandem.optimizer import learning_rate
 from tandem.train.run import Launch, train
-from tiny_models import chain, spelled
+from tiny_models import chain
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "runs" / "gsm8k.yaml"

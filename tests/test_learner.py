@@ -1,114 +1,24 @@
-"""Actor and reference: the update is the textbook one, however the batch is cut, packed, ordered or recomputed."""
-
-import copy
-from dataclasses import replace
+"""The actor's update is the textbook one, however the batch is cut, packed, ordered or recomputed."""
 
 import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from tandem.algorithms import assess, split
-from tandem.config import Run
-from tandem.config.sections import Lora
-from tandem.errors import ConfigError, RunError
-from tandem.learner import Actor, Reference, micro_batches
-from tandem.model import LanguageModel
-from tandem.model.load import with_adapter
-from tandem.model.new import new_tokenizer
-from tandem.placement.inline import check_vocabulary, reference_of
-from tandem.types import Batch, Experience, take
-from tiny_models import FAMILIES, SHAPE, language_model, network, twin
-
-TEMPERATURE = 0.8
-NEARLY_LINEAR = {"lr": 0.5, "eps": 1.0, "clip_grad": None}
-"""AdamW moves a weight by lr g / (|g| + eps): with a large eps the weights show the gradient itself."""
-
-
-def run(algorithm=None, optimizer=None, **learner) -> Run:
-    return Run.model_validate(
-        {
-            "run_dir": "unused",
-            "model": {"new": {}},
-            "data": {"train": "tandem:addition"},
-            "reward": {"functions": [{"name": "answer_number"}]},
-            "sampling": {"temperature": TEMPERATURE, "max_answer_tokens": 16},
-            "algorithm": {"kl": {"coef": 0.05}, "entropy": 0.01, **(algorithm or {})},
-            "learner": {"optimizer": NEARLY_LINEAR if optimizer is None else optimizer, **learner},
-        }
-    )
-
-
-def batch(seed: int = 0, groups: int = 4, answers: int = 3) -> Batch:
-    """Prompts of different lengths, answers of different lengths, rewards of 0 and 1; group 1 is all equal."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = groups * answers
-    group_B = torch.arange(groups).repeat_interleave(answers)
-    prompt_B = torch.randint(1, 9, (groups,), generator=generator)[group_B]
-    length_B = prompt_B + torch.randint(1, 17, (rows,), generator=generator)
-    column_T = torch.arange(int(length_B.max()))
-    mask_BT = (column_T >= prompt_B[:, None]) & (column_T < length_B[:, None])
-    tokens_BT = torch.randint(250, mask_BT.shape, generator=generator)
-    tokens_BT[column_T >= length_B[:, None]] = 0
-    reward_B = torch.randint(2, (rows,), generator=generator).double()
-    reward_B[0], reward_B[1], reward_B[group_B == 1] = 0.0, 1.0, 1.0
-    nothing_BT = torch.zeros(mask_BT.shape)
-    return Batch(
-        tokens_BT=tokens_BT,
-        mask_BT=mask_BT,
-        rollout_logp_BT=nothing_BT,
-        policy_logp_BT=nothing_BT,
-        reward_B=reward_B,
-        group_B=group_B,
-        length_B=length_B,
-        truncated_B=torch.zeros(rows, dtype=torch.bool),
-        version_B=torch.zeros(rows, dtype=torch.long),
-    )
-
-
-def experience(actor: Actor, *, off_policy: float = 0.0, seed: int = 0) -> Experience:
-    """A step's experience as the loop makes it. `off_policy` moves the old log-probabilities away from the policy's,
-    so that ratios differ from 1 and the clip binds."""
-    raw = batch(seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    policy_BT = actor.logprobs(raw)
-    shift_BT = off_policy * torch.randn(policy_BT.shape, generator=generator) * raw.mask_BT
-    raw = replace(raw, policy_logp_BT=policy_BT + shift_BT, rollout_logp_BT=policy_BT + shift_BT)
-    algorithm = actor.run.algorithm
-    ref_BT = (policy_BT + 0.3 * torch.randn(policy_BT.shape, generator=generator)) * raw.mask_BT
-    made, _ = assess(
-        raw,
-        algorithm,
-        max_answer_tokens=16,
-        kl_coef=algorithm.kl.coef,
-        old_logp_BT=raw.policy_logp_BT if off_policy else None,
-        ref_logp_BT=ref_BT if algorithm.kl.coef else None,
-    )
-    return made
-
-
-def weights_of(model: LanguageModel) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().clone() for name, weight in model.module.named_parameters()}
-
-
-def updated(settings: Run, *, off_policy: float = 0.4, family: str = "qwen2_grouped", change=None):
-    """Weights and metrics after one update of a fresh actor; `change` alters the experience first."""
-    actor = Actor(language_model(family), settings)
-    part = experience(actor, off_policy=off_policy)
-    part = change(part) if change else part
-    figures = actor.update([part], settings.algorithm.kl.coef)
-    return weights_of(actor.model), figures
-
-
-def assert_same(result, expected, atol=2e-5):
-    (weights, figures), (other_weights, other_figures) = result, expected
-    start = weights_of(language_model())
-    moved = max(float((weight - start[name]).abs().max()) for name, weight in weights.items())
-    assert moved > 1e-2, "the update must be large against the tolerance"
-    for name, weight in weights.items():
-        torch.testing.assert_close(weight, other_weights[name], atol=atol, rtol=1e-4, msg=name)
-    for name in other_figures:
-        assert figures[name] == pytest.approx(other_figures[name], rel=1e-4, abs=1e-5), name
-
+from tandem.algorithms import split
+from tandem.learner import Actor, micro_batches
+from tandem.types import Experience, take
+from tiny_models import FAMILIES, language_model, twin
+from tiny_step import (
+    NEARLY_LINEAR,
+    NO_PULL,
+    TEMPERATURE,
+    assert_same,
+    batch,
+    experience,
+    run,
+    updated,
+    weights_of,
+)
 
 # The independent reference: Transformers' eager attention over a padded batch, the formulas written out.
 
@@ -203,15 +113,16 @@ def test_update_does_not_depend_on_how_it_is_computed(name, monkeypatch):
 
 
 def test_activation_checkpointing_really_recomputes():
-    counts = {}
-    for on in (False, True):
-        actor = Actor(language_model(), run(checkpointing=on))
-        part = experience(actor)
-        calls = []
-        actor.model.network.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
-        actor.update([part], 0.05)
-        counts[on] = len(calls)
-    assert counts[True] == 2 * counts[False] == 2
+    assert forwards_of_one_update(checkpointing=True) == 2 * forwards_of_one_update(checkpointing=False) == 2
+
+
+def forwards_of_one_update(checkpointing: bool) -> int:
+    actor = Actor(language_model(), run(checkpointing=checkpointing))
+    part, calls = experience(actor), []
+    first = actor.model.network.model.layers[0].self_attn.q_proj
+    first.register_forward_hook(lambda *_: calls.append(1))
+    actor.update([part], 0.05)
+    return len(calls)
 
 
 def test_micro_batches_hold_every_row_once_within_the_budget():
@@ -245,115 +156,6 @@ def test_accumulated_gradient_is_that_of_the_whole_batch_also_off_the_default_we
         small = updated(run({"weight": weight}, {**NEARLY_LINEAR, "lr": 0.2}, tokens_per_forward=20))
         large = updated(run({"weight": weight}, {**NEARLY_LINEAR, "lr": 0.2}, tokens_per_forward=10_000))
         assert_same(small, large)
-
-
-# Work that changes nothing is left out, and nothing else.
-
-NO_PULL = {"kl": {"coef": 0.0}, "entropy": 0.0}
-
-
-def test_rows_without_advantage_are_left_out_and_make_no_difference(monkeypatch):
-    settings, rows_seen = run(NO_PULL, tokens_per_forward=100_000), []
-    plain = micro_batches
-    monkeypatch.setattr(
-        "tandem.learner.micro_batches",
-        lambda length_B, budget: (rows_seen.append(len(length_B)), plain(length_B, budget))[1],
-    )
-    skipped = updated(settings)
-    with_advantage = rows_seen[-1]
-    monkeypatch.setattr("tandem.learner.live_rows", lambda part, algorithm: torch.arange(part.size))
-    whole = updated(settings)
-    assert with_advantage == 9 and rows_seen[-1] == 12, "group 1 has equal rewards"
-    losses = ("actor/pg_loss", "actor/loss", "grad_norm", "actor/updates")
-    assert_same(
-        (skipped[0], {n: skipped[1][n] for n in losses}), (whole[0], {n: whole[1][n] for n in losses})
-    )
-
-
-def test_rows_without_advantage_still_feel_the_pull_of_the_reference():
-    settings = run({"entropy": 0.0})
-    weights, figures = updated(
-        settings, change=lambda part: take(part, (part.group_B == 1).nonzero().squeeze(1))
-    )
-    assert figures["actor/updates"] == 1 and figures["actor/pg_loss"] == 0 and figures["actor/kl_loss"] > 0
-    before = weights_of(language_model())
-    assert not torch.equal(weights["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
-
-
-def test_an_update_without_signal_leaves_weights_and_optimizer_untouched():
-    settings = run(NO_PULL, {"lr": 0.1, "weight_decay": 0.1})
-    actor = Actor(language_model(), settings)
-    part = experience(actor)
-    actor.update([part], 0.0)
-    before, state = weights_of(actor.model), copy.deepcopy(actor.optimizer.adamw.state_dict())
-    silent = replace(part, advantage_BT=torch.zeros_like(part.advantage_BT))
-    figures = actor.update([silent], 0.0)
-    assert (figures["actor/updates"], figures["actor/skipped_empty"]) == (0, 1)
-    assert actor.optimizer.updates == 1
-    assert_untouched(actor, before, state)
-
-
-def assert_untouched(actor: Actor, weights, state) -> None:
-    for name, weight in weights_of(actor.model).items():
-        assert torch.equal(weight, weights[name]), name
-    now = actor.optimizer.adamw.state_dict()
-    assert now["param_groups"] == state["param_groups"]
-    for index, slots in state["state"].items():
-        for slot, value in slots.items():
-            assert torch.equal(now["state"][index][slot], value)
-
-
-BROKEN = {
-    "advantage": lambda part: replace(part, advantage_BT=part.advantage_BT * torch.nan),
-    "one advantage": lambda part: replace(
-        part, advantage_BT=part.advantage_BT.masked_fill(part.mask_BT.cumsum(-1).cumsum(0) == 1, torch.nan)
-    ),
-    "infinite weight": lambda part: replace(part, weight_BT=part.weight_BT * torch.inf),
-    "reference": lambda part: replace(part, ref_logp_BT=part.ref_logp_BT + torch.nan),
-}
-
-
-@pytest.mark.parametrize("what", BROKEN)
-def test_an_update_that_is_not_finite_changes_nothing_at_all(what):
-    """Not the weights, not the optimizer, not the schedule: the next update is what it would have been."""
-    optimizer = {"lr": 1e-2, "schedule": "linear", "warmup_updates": 3}
-    runs = {}
-    for broken in (False, True):
-        actor = Actor(language_model(), run(optimizer=optimizer))
-        part = experience(actor)
-        actor.update([part], 0.05)
-        if broken:
-            before, state = weights_of(actor.model), copy.deepcopy(actor.optimizer.adamw.state_dict())
-            rate = actor.optimizer.lr
-            figures = actor.update([BROKEN[what](part)], 0.05)
-            assert (figures["actor/updates"], figures["actor/skipped_nonfinite"]) == (0, 1)
-            assert_untouched(actor, before, state)
-            assert (actor.optimizer.lr, actor.optimizer.updates) == (rate, 1)
-        actor.update([part], 0.05)
-        runs[broken] = weights_of(actor.model)
-    for name, weight in runs[True].items():
-        assert torch.equal(weight, runs[False][name]), name
-
-
-def test_weights_that_are_not_finite_stop_the_run_after_a_few_updates_in_a_row():
-    actor = Actor(language_model(), run(max_nonfinite=3))
-    part = experience(actor)
-    bad = BROKEN["advantage"](part)
-    actor.update([bad, bad], 0.05)
-    assert actor.update([part], 0.05)["actor/updates"] == 1, "a good update in between starts the count anew"
-    actor.update([bad], 0.05)
-    before = weights_of(actor.model)
-    with pytest.raises(
-        RunError, match=r"not finite.*3 updates in a row.*Groups of the last one: \[0, 1, 2, 3\].*lr"
-    ):
-        actor.update([bad, bad], 0.05)
-    for name, weight in weights_of(actor.model).items():
-        assert torch.equal(weight, before[name])
-    broken = Actor(language_model(), run(max_nonfinite=1))
-    with torch.no_grad():
-        broken.model.network.model.norm.weight[3] = torch.nan
-    with pytest.raises(RunError, match="not finite"):
-        broken.update([part], 0.05)
 
 
 def test_several_updates_per_step_are_so_many_steps_of_the_optimizer():
@@ -399,92 +201,6 @@ def test_bf16_masters_gather_updates_too_small_for_bf16():
     moved = (master - before[name].float()).abs()
     assert 2e-3 < moved.max() < 4e-3
     assert not torch.equal(weight, before[name])
-
-
-# References.
-
-
-def saved_reference(folder, **shape) -> str:
-    config = {**SHAPE, "num_attention_heads": 4, "num_key_value_heads": 2, **shape}
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(9)
-    Qwen2ForCausalLM(Qwen2Config(**config, tie_word_embeddings=True)).save_pretrained(folder)
-    new_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-def with_path(settings: Run, path: str) -> Run:
-    return settings.model_copy(update={"reference": settings.reference.model_copy(update={"path": path})})
-
-
-def test_reference_of_another_size_scores_with_its_own_weights(tmp_path):
-    path = saved_reference(tmp_path, hidden_size=64, num_hidden_layers=3)
-    model, raw = language_model(), batch()
-    reference = reference_of(with_path(run(), path), model, None)
-    assert reference.model.layers == 3 != model.layers
-    logp_BT = reference.logprobs(raw)
-    hf = twin(reference.model)
-    for row in range(raw.size):
-        length = int(raw.length_B[row])
-        logits = hf(input_ids=raw.tokens_BT[row : row + 1, :length], use_cache=False).logits[0].detach()
-        expected = log_softmax(logits[:-1] / TEMPERATURE, -1).gather(-1, raw.tokens_BT[row, 1:length, None])
-        mask_T = raw.mask_BT[row, 1:length]
-        torch.testing.assert_close(
-            logp_BT[row, 1:length][mask_T], expected.squeeze(-1)[mask_T], atol=1e-5, rtol=0
-        )
-    assert (logp_BT[~raw.mask_BT] == 0).all()
-
-
-def test_reference_with_another_vocabulary_is_refused(tmp_path):
-    model = language_model()
-    wide = saved_reference(tmp_path / "wide", vocab_size=272)
-    with pytest.raises(ConfigError, match=r"has 272 output rows and the policy has 264"):
-        reference_of(with_path(run(), wide), model, None)
-    other = new_tokenizer()
-    other.add_tokens(["<extra>"])
-    with pytest.raises(ConfigError, match=r"has 264 entries and the policy's has 263.*'<extra>'"):
-        check_vocabulary(model.tokenizer, other, "there")
-    path = saved_reference(tmp_path / "same_size")
-    other.save_pretrained(path)
-    with pytest.raises(ConfigError, match=r"reference\.path=.*same_size.*<extra>"):
-        reference_of(with_path(run(), path), model, None)
-    check_vocabulary(model.tokenizer, new_tokenizer(), "there")
-
-
-def test_reference_is_the_policy_at_the_start_until_it_is_refreshed():
-    settings, raw = run(), batch()
-    actor = Actor(language_model(), settings)
-    reference = reference_of(settings, actor.model, None)
-    start_BT = actor.logprobs(raw)
-    assert torch.equal(reference.logprobs(raw), start_BT)
-    actor.update([experience(actor)], 0.05)
-    moved_BT = actor.logprobs(raw)
-    assert (moved_BT - start_BT).abs().max() > 0.01
-    assert torch.equal(reference.logprobs(raw), start_BT)
-    reference.refresh(actor)
-    assert torch.equal(reference.logprobs(raw), moved_BT)
-    actor.update([experience(actor)], 0.05)
-    assert torch.equal(reference.logprobs(raw), moved_BT), "a copy, not the same tensors"
-    assert reference.model.trainable() == {}
-
-
-def test_reference_of_a_model_with_adapter_is_its_base():
-    settings = run(optimizer={"lr": 0.02})
-    settings = settings.model_copy(
-        update={"model": settings.model.model_copy(update={"lora": Lora(rank=4, alpha=16.0)})}
-    )
-    base, raw = network("qwen2_grouped"), batch()
-    module = with_adapter(base, settings.model.lora, 0, None)
-    actor = Actor(LanguageModel(module, new_tokenizer(), "adapted"), settings)
-    reference = reference_of(settings, actor.model, None)
-    assert reference.model is actor.model, "no second copy of the weights"
-    plain = Reference(language_model(), run(), adapter_off=False).logprobs(raw)
-    for _ in range(3):
-        figures = actor.update([experience(actor)], 0.05)
-    assert figures["actor/updates"] == 1
-    assert (actor.logprobs(raw) - plain).abs().max() > 0.05
-    torch.testing.assert_close(reference.logprobs(raw), plain, atol=1e-5, rtol=0)
 
 
 def test_logprobs_do_not_depend_on_the_token_budget():

@@ -28,7 +28,7 @@ COIN, SURE = "?", "!"
 
 def rules(heads: str = "1", tails: str = "0") -> dict[int, dict[int, float]]:
     """For a chain over the byte vocabulary."""
-    token = {c: i for c, i in zip("0123456789", DIGITS)}
+    token = dict(zip("0123456789", DIGITS))
     table = {30: {token[tails]: 0.5, token[heads]: 0.5}, 0: {token[heads]: 1.0}}
     return table | {digit: {END: 1.0} for digit in DIGITS}
 
@@ -120,7 +120,7 @@ def test_rollouts_are_complete_scored_and_without_their_end_token(make):
         for r in group.rollouts:
             assert r.tokens[:silent] == group.prompt.tokens and r.prompt_length == silent
             assert r.sampled == (False,) * silent + (True, True) and r.answer_length == 2
-            assert r.text in "01" and r.tokens[-1] == END and r.finish == "stop"
+            assert r.text in ("0", "1") and r.tokens[-1] == END and r.finish == "stop"
             assert r.score.parts == {"answer_number": r.score.reward}
             assert r.score.reward == (1.0 if r.text == "1" else -1.0)
             assert r.policy_logp[silent:] == r.logp[silent:] and set(r.logp[:silent]) == {0.0}
@@ -131,7 +131,7 @@ def test_rollouts_are_complete_scored_and_without_their_end_token(make):
 def test_an_answer_that_runs_into_the_limit_says_so(make):
     stream = make(COIN, sampling={"max_answer_tokens": 1, "prompts_per_step": 1})
     for r in stream.take(0)[0].rollouts:
-        assert (r.finish, r.answer_length) == ("length", 1) and r.text in "01"
+        assert (r.finish, r.answer_length) == ("length", 1) and r.text in ("0", "1")
 
 
 @pytest.mark.parametrize("max_lag", [0, 1, 2])

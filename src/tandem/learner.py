@@ -17,17 +17,29 @@ from tandem.types import Batch, Experience, take, to_device
 MIB = 2**20
 
 
-def micro_batches(length_B: Tensor, tokens_per_forward: int) -> list[Tensor]:
-    """Row indices in packs of at most the token budget, longest rows first; a longer row stands alone."""
+def micro_batches(
+    length_B: Tensor, tokens_per_forward: int, prompt_length_B: Tensor | None = None, group_B: Tensor | None = None
+) -> list[Tensor]:
+    """Row indices in packs of at most the token budget; a longer row stands alone.
+
+    Long rows go with long rows. With `group_B`, rows of a group go together and their prompt counts once per pack.
+    """
+    lengths = length_B.tolist()
+    groups = list(range(len(lengths))) if group_B is None else group_B.tolist()
+    shared = [0] * len(lengths) if prompt_length_B is None else prompt_length_B.tolist()
+    longest: dict[int, int] = {}
+    for group, length in zip(groups, lengths):
+        longest[group] = max(length, longest.get(group, 0))
     packs: list[list[int]] = []
-    room = 0
-    for row in length_B.argsort(descending=True, stable=True).tolist():
-        length = int(length_B[row])
-        if length > room or not packs:
+    room, last = 0, None
+    for row in sorted(range(len(lengths)), key=lambda i: (-longest[groups[i]], groups[i], i)):
+        cost = lengths[row] - (shared[row] if packs and groups[row] == last else 0)
+        if cost > room or not packs:
             packs.append([])
-            room = max(tokens_per_forward, length)
+            cost = lengths[row]
+            room = max(tokens_per_forward, cost)
         packs[-1].append(row)
-        room -= length
+        room, last = room - cost, groups[row]
     return [torch.tensor(pack) for pack in packs]
 
 
@@ -42,18 +54,27 @@ class Scorer:
         """`logp_BT` at the sampled tokens at the sampling temperature, on the CPU; 0 elsewhere."""
         self.model.module.eval()
         logp_BT = torch.zeros(batch.tokens_BT.shape)
-        for rows in micro_batches(batch.length_B, self.run.learner.tokens_per_forward):
+        for rows in self._micro_batches(batch):
             part = to_device(take(batch, rows), self.model.device)
-            part_logp_BT, _ = token_logprobs(
-                self.model,
-                part.tokens_BT,
-                part.mask_BT,
-                part.length_B,
-                temperature=self.run.sampling.temperature,
-                logits_bytes=self.run.learner.logits_mb * MIB,
-            )
+            part_logp_BT, _ = self._token_logprobs(part)
             logp_BT[rows, : part_logp_BT.shape[1]] = part_logp_BT.cpu()
         return logp_BT
+
+    def _micro_batches(self, batch: Batch) -> list[Tensor]:
+        budget = self.run.learner.tokens_per_forward
+        return micro_batches(batch.length_B, budget, batch.prompt_length_B, batch.group_B)
+
+    def _token_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return token_logprobs(
+            self.model,
+            batch.tokens_BT,
+            batch.mask_BT,
+            batch.length_B,
+            prompt_length_B=batch.prompt_length_B,
+            group_B=batch.group_B,
+            temperature=self.run.sampling.temperature,
+            logits_bytes=self.run.learner.logits_mb * MIB,
+        )
 
 
 class Actor(Scorer):
@@ -114,16 +135,9 @@ class Actor(Scorer):
     def _accumulate(self, part: Experience, kl_coef: float) -> dict[str, float]:
         """Gradient of one update, in micro-batches; the loss's weights make their sum independent of the cut."""
         totals: dict[str, float] = {}
-        for rows in micro_batches(part.length_B, self.run.learner.tokens_per_forward):
+        for rows in self._micro_batches(part):
             piece = to_device(take(part, rows), self.model.device)
-            logp_BT, entropy_BT = token_logprobs(
-                self.model,
-                piece.tokens_BT,
-                piece.mask_BT,
-                piece.length_B,
-                temperature=self.run.sampling.temperature,
-                logits_bytes=self.run.learner.logits_mb * MIB,
-            )
+            logp_BT, entropy_BT = self._token_logprobs(piece)
             loss, sums = policy_loss(logp_BT, entropy_BT, piece, self.run.algorithm, kl_coef)
             loss.backward()
             add(totals, {name: float(value) for name, value in sums.items()})

@@ -70,7 +70,7 @@ class Rollout:
 
     @property
     def prompt_length(self) -> int:
-        return len(self.tokens) - self.answer_length
+        return self.sampled.index(True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +102,8 @@ class Batch:
     """Index of the row's prompt within the batch."""
     length_B: Tensor
     """Tokens in the row, prompt and answer."""
+    prompt_length_B: Tensor
+    """Tokens before the first sampled one, the same in all rows of a group."""
     truncated_B: Tensor
     """True where the answer ran into the length limit."""
     version_B: Tensor
@@ -154,6 +156,7 @@ def collate(groups: Sequence[Group]) -> Batch:
         reward_B=torch.tensor(rewards, dtype=torch.float64),
         group_B=torch.tensor([i for i, g in enumerate(groups) for _ in g.rollouts]),
         length_B=torch.tensor([len(r.tokens) for r in rollouts]),
+        prompt_length_B=torch.tensor([r.prompt_length for r in rollouts]),
         truncated_B=torch.tensor([r.finish == "length" for r in rollouts]),
         version_B=torch.tensor([r.oldest_version for r in rollouts]),
     )

@@ -16,8 +16,8 @@ class Prefill(Rows):
         self.values: list[Tensor] = []
 
     def attend(self, layer: int, q_HND: Tensor, k_HND: Tensor, v_HND: Tensor, scale: float) -> Tensor:
-        self.keys.append(self._square(k_HND))
-        self.values.append(self._square(v_HND))
+        self.keys.append(self.square(k_HND))
+        self.values.append(self.square(v_HND))
         return super().attend(layer, q_HND, k_HND, v_HND, scale)
 
 

@@ -84,7 +84,7 @@ def _score(rollout: "Rollout") -> dict[str, Any]:
     return {
         "reward": _finite(score.reward),
         "failure": score.failure,
-        "detail": redact(score.detail),
+        "detail": redact(score.detail) if score.detail else "",
         "parts": {name: _finite(value) for name, value in score.parts.items()},
     }
 

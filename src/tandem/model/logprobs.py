@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tandem.model.attention import Rows
+from tandem.model.attention import lay
 from tandem.model.language_model import LanguageModel
 
 
@@ -16,21 +16,23 @@ def token_logprobs(
     mask_BT: Tensor,
     length_B: Tensor,
     *,
+    prompt_length_B: Tensor | None = None,
+    group_B: Tensor | None = None,
     temperature: float,
     logits_bytes: int,
 ) -> tuple[Tensor, Tensor]:
     """`logp_BT` and `entropy_BT` (nats) at the masked tokens, 0 elsewhere, of softmax(logits / temperature).
 
+    Rows of one group share their first `prompt_length_B` tokens; given both, each prompt is computed once.
     The output head runs only where a masked token is predicted; above `logits_bytes` of logits it runs in chunks
     whose logits are computed again in the backward pass.
     """
     assert not mask_BT[:, 0].any(), "the first token of a row has no prediction"
-    rows = Rows(length_B)
-    hidden_NH = model.hidden(rows.line(tokens_BT), rows.position_N, rows)
-    masked_N = rows.line(mask_BT)
-    predictor_M = masked_N.nonzero().squeeze(1) - 1
-    chosen_M = rows.line(tokens_BT)[masked_N]
-    hidden_MH = hidden_NH.index_select(0, predictor_M)
+    layout = lay(length_B, prompt_length_B, group_B)
+    line_N, masked_N = layout.line(tokens_BT), layout.line(mask_BT)
+    hidden_NH = model.hidden(line_N, layout.position_N, layout)
+    chosen_M = line_N[masked_N]
+    hidden_MH = hidden_NH.index_select(0, layout.previous_N[masked_N])
 
     def head(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         return chosen_logprobs(model.logits(hidden) / temperature, chosen)

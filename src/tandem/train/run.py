@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,7 +85,7 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
     journal = stack.enter_context(Journal(run, folder, console))
     weights = resume / snapshot.MODEL if resume is not None else None
     model = load_model(run.model, tokenizer, device, seed=run.seed, resume=weights)
-    check_lengths(run, model, prompts)
+    check_lengths(run, model, [*prompts.prompts, *held_out])
     (folder / "config.yaml").write_text(dump(run), encoding="utf-8")
     step = 0 if resume is None else read_json(resume / "state.json")["step"]
     journal.rewind(step - 1)
@@ -106,14 +107,15 @@ def held_out_questions(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[Pro
     return list(load_prompts(run.data, run.data.eval, tokenizer, limit=run.eval.questions).prompts)
 
 
-def check_lengths(run: Run, model: LanguageModel, prompts: PromptSet) -> None:
+def check_lengths(run: Run, model: LanguageModel, prompts: Sequence[Prompt]) -> None:
     """The longest prompt and answer must fit the model's positions."""
-    longest = prompts.lengths.longest + run.sampling.max_answer_tokens
-    if longest > model.max_positions:
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    total = longest + run.sampling.max_answer_tokens
+    if total > model.max_positions:
         raise ConfigError(
-            f"the longest prompt ({prompts.lengths.longest} tokens) and sampling.max_answer_tokens="
-            f"{run.sampling.max_answer_tokens} make {longest}, above the model's {model.max_positions} positions; "
-            "lower sampling.max_answer_tokens, or data.max_prompt_tokens with data.on_overlong=skip"
+            f"the longest prompt ({longest} tokens) and sampling.max_answer_tokens={run.sampling.max_answer_tokens}"
+            f" make {total}, above the model's {model.max_positions} positions; lower sampling.max_answer_tokens, or "
+            "data.max_prompt_tokens with data.on_overlong=skip"
         )
 
 
