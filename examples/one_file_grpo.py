@@ -98,7 +98,10 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(args.model),
+        AutoTokenizer.from_pretrained(args.model),
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     lines = Path(args.questions).read_text(encoding="utf-8").splitlines()
     rows = [{"id": i, **json.loads(line)} for i, line in enumerate(lines)]

@@ -1,10 +1,15 @@
 """Small real models and configurations that many tests share."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# As the command line does, and before torch comes in: the suite must not crawl on a busy machine.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
 import torch
 import yaml
 from rich.console import Console

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import random_model
 
+from conftest import random_model
 from tandem.learner import micro_batches
 from tandem.model import token_logprobs
 from tandem.model.attention import Branches, Rows, lay
@@ -76,7 +76,10 @@ def test_rows_of_groups_may_stand_in_any_order():
     model = random_model()
     straight = token_logprobs(model, **given, temperature=1.0, logits_bytes=2**30)[0]
     torch.testing.assert_close(
-        token_logprobs(model, **mixed, temperature=1.0, logits_bytes=2**30)[0], straight[order], atol=1e-5, rtol=1e-5
+        token_logprobs(model, **mixed, temperature=1.0, logits_bytes=2**30)[0],
+        straight[order],
+        atol=1e-5,
+        rtol=1e-5,
     )
 
 
@@ -113,4 +116,4 @@ def test_packs_keep_groups_together_within_the_budget():
             heads = {int(group_B[i]): int(prompt_B[i]) for i in pack}
             tokens = sum(heads.values()) + int((length_B - prompt_B)[pack].sum())
             assert tokens <= budget or len(pack) == 1
-    assert [len(p) for p in micro_batches(length_B, 34, prompt_B, group_B)][0] == 4, "30 + 4 x 1 fit exactly"
+    assert next(len(p) for p in micro_batches(length_B, 34, prompt_B, group_B)) == 4, "30 + 4 x 1 fit exactly"

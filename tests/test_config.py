@@ -15,11 +15,13 @@ from tandem.config.load import FREE_ON_RESUME
 from tandem.config.schema import keys
 
 ROOT = Path(__file__).parents[1]
+REQUIRED = {"gsm8k": ["model.path=models/any", "data.train=train.jsonl"]}
+"""What a recipe leaves to its user."""
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "runs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_loads_and_survives_a_round_trip(path, tmp_path):
-    run = load(path)
+    run = load(path, REQUIRED.get(path.stem, []))
     assert run.run_dir == f"runs/{path.stem}"
     assert load(write(tmp_path, dump(run))) == run
 

@@ -36,13 +36,19 @@ def test_the_one_file_example_and_the_trainer_sample_the_same_and_end_at_the_sam
         reward={"functions": [{"name": f"{EXAMPLE}:reward"}]},
     )
     train(run, quiet)
-    ours = [row["reward/mean"] for row in read_metrics(Path(run.run_dir) / "metrics.jsonl") if "reward/mean" in row]
+    ours = [
+        row["reward/mean"]
+        for row in read_metrics(Path(run.run_dir) / "metrics.jsonl")
+        if "reward/mean" in row
+    ]
     assert ours == pytest.approx(rewards, abs=0)
     assert len(set(rewards)) > 1, "the rewards must differ for the comparison to mean something"
     trained = AutoModelForCausalLM.from_pretrained(Path(run.run_dir) / "model").state_dict()
     start = AutoModelForCausalLM.from_pretrained(adding_folder).state_dict()
     # Adam divides by the root of the second moment: where a gradient is all rounding, so is its update.
-    apart = torch.cat([(trained[name] - weight).abs().flatten() for name, weight in model.state_dict().items()])
+    apart = torch.cat(
+        [(trained[name] - weight).abs().flatten() for name, weight in model.state_dict().items()]
+    )
     assert (apart > 1e-6).float().mean() < 1e-3
     assert apart.max() < steps * 1e-4
     moved = max((trained[name] - start[name]).abs().max().item() for name in start)

@@ -99,7 +99,9 @@ def test_a_batch_of_truncated_answers_is_finite_and_teaches_nothing(random_folde
 
 
 def test_dynamic_sampling_of_equal_groups_stops_at_its_bound(random_folder, make_run, quiet):
-    run = make_run(random_folder, steps=1, reward=rewarded("constant"), algorithm={"keep": "mixed", "max_refills": 2})
+    run = make_run(
+        random_folder, steps=1, reward=rewarded("constant"), algorithm={"keep": "mixed", "max_refills": 2}
+    )
     train(run, quiet)
     assert rows(run)[0]["rollout/refills"] == 2 and rows(run)[0]["rollout/dropped_groups"] == 12
 
@@ -152,7 +154,9 @@ def test_a_sampler_that_means_something_else_by_a_logprob_is_found_before_the_fi
     assert not rows(run)
 
 
-def test_prompts_and_answers_that_cannot_fit_are_refused_before_the_first_step(random_folder, make_run, quiet):
+def test_prompts_and_answers_that_cannot_fit_are_refused_before_the_first_step(
+    random_folder, make_run, quiet
+):
     with pytest.raises(ConfigError, match=r"sampling.max_answer_tokens=300 make \d+, above the model's 256"):
         train(make_run(random_folder, sampling={"max_answer_tokens": 300}), quiet)
 
@@ -173,7 +177,11 @@ def test_weights_that_are_not_finite_stop_the_run_and_leave_a_finite_checkpoint(
 
     monkeypatch.setattr(Actor, "_accumulate", poisoned)
     run = make_run(
-        random_folder, steps=10, checkpoint={"every": 1}, reward=rewarded("length"), learner={"max_nonfinite": 3}
+        random_folder,
+        steps=10,
+        checkpoint={"every": 1},
+        reward=rewarded("length"),
+        learner={"max_nonfinite": 3},
     )
     with pytest.raises(RunError, match=r"not finite .* in 3 updates in a row"):
         train(run, quiet)

@@ -36,4 +36,6 @@ def test_the_golden_trajectory_is_unchanged(random_folder, make_run, quiet):
     assert len(ours) == len(theirs) == 20
     for step, (row, golden) in enumerate(zip(ours, theirs)):
         assert row == pytest.approx(golden, rel=1e-3, abs=1e-5), f"step {step}"
-    assert theirs[-1]["reward/mean"] > theirs[0]["reward/mean"] + 0.05, "the trajectory must be one that learns"
+    assert theirs[-1]["reward/mean"] > theirs[0]["reward/mean"] + 0.05, (
+        "the trajectory must be one that learns"
+    )

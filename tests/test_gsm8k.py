@@ -203,6 +203,15 @@ def test_what_must_be_given_is_named_when_it_is_not(given, said):
         assert words in message
 
 
+def test_documentation_quotes_the_message_as_it_is(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError) as caught:
+        load("recipes/runs/gsm8k.yaml")
+    documented = (ROOT / "docs" / "gsm8k.md").read_text(encoding="utf-8")
+    for line in str(caught.value).splitlines()[:-1]:
+        assert f"    {line}\n" in documented
+
+
 def test_recipe_passes_twice_over_the_published_questions_and_ends_at_its_end_rate():
     run = load(RECIPE, [f"data.train={GSM8K}", "model.path=DIR"])
     published = len(rows())

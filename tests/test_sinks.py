@@ -146,7 +146,9 @@ def test_wandb_records_offline_without_an_account_and_keeps_its_id(tmp_path, mon
             journal.rewind(step - 1)
             journal.log(step, {"reward/mean": 0.5})
     kept = (tmp_path / "r" / "wandb_id").read_text().strip()
-    assert len(list((tmp_path / "r" / "wandb").glob(f"offline-run-*-{kept}"))) == 2
+    # Folders carry the second they were made in, so the two may be one.
+    assert list((tmp_path / "r" / "wandb").glob(f"offline-run-*-{kept}"))
+    assert not [p for p in (tmp_path / "r" / "wandb").glob("offline-run-*") if not p.name.endswith(kept)]
 
 
 def test_a_secret_reaches_no_file_of_the_journal(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ def test_rows_without_advantage_are_left_out_and_make_no_difference(monkeypatch)
     plain = micro_batches
     monkeypatch.setattr(
         "tandem.learner.micro_batches",
-        lambda length_B, budget: (rows_seen.append(len(length_B)), plain(length_B, budget))[1],
+        lambda length_B, *given: (rows_seen.append(len(length_B)), plain(length_B, *given))[1],
     )
     skipped = updated(settings)
     with_advantage = rows_seen[-1]

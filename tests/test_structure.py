@@ -109,7 +109,9 @@ def test_files_and_functions_are_short_and_honest(file):
         if isinstance(node, ast.ExceptHandler):
             names = ast.unparse(node.type) if node.type else "everything"
             allowed = file.name == "worker.py" and room(file) == "rewards"
-            assert allowed or names not in ("Exception", "BaseException", "everything"), f"{where}: catches {names}"
+            assert allowed or names not in ("Exception", "BaseException", "everything"), (
+                f"{where}: catches {names}"
+            )
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("eval", "exec"), f"{where}: {node.func.id}"
 

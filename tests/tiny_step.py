@@ -43,6 +43,8 @@ def batch(seed: int = 0, groups: int = 4, answers: int = 3) -> Batch:
     column_T = torch.arange(int(length_B.max()))
     mask_BT = (column_T >= prompt_B[:, None]) & (column_T < length_B[:, None])
     tokens_BT = torch.randint(250, mask_BT.shape, generator=generator)
+    prompt_GT = tokens_BT[::answers].repeat_interleave(answers, 0)
+    tokens_BT = torch.where(column_T < prompt_B[:, None], prompt_GT, tokens_BT)
     first_B = torch.arange(rows) - torch.arange(rows) % answers
     tokens_BT = torch.where(column_T < prompt_B[:, None], tokens_BT[first_B], tokens_BT)
     tokens_BT[column_T >= length_B[:, None]] = 0

@@ -25,6 +25,8 @@ def quiet_libraries() -> None:
     """No progress bars or advice from below, but for downloads, which take long."""
     # Set by hand, or it warns at every new process; none of ours goes on in a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Threads that wait for each other spin only briefly: beside another busy process, long spinning starves both.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as advice
 

@@ -18,7 +18,10 @@ MIB = 2**20
 
 
 def micro_batches(
-    length_B: Tensor, tokens_per_forward: int, prompt_length_B: Tensor | None = None, group_B: Tensor | None = None
+    length_B: Tensor,
+    tokens_per_forward: int,
+    prompt_length_B: Tensor | None = None,
+    group_B: Tensor | None = None,
 ) -> list[Tensor]:
     """Row indices in packs of at most the token budget; a longer row stands alone.
 

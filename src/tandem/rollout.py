@@ -162,6 +162,7 @@ class Stream:
         run = self.sampler.run
         keep, wanted = KEEP[run.algorithm.keep], run.sampling.prompts_per_step
         kept: list[Group] = []
+        scores: list[Score] = []
         rounds = dropped = 0
         while len(kept) < wanted and rounds <= run.algorithm.max_refills:
             first = self.cursor.epoch * self.cursor.size + self.cursor.index
@@ -170,13 +171,14 @@ class Stream:
             groups = self.sampler.sample(
                 [self.prompts.prompts[i] for i in rows], serials, answers=run.sampling.answers_per_prompt
             )
-            self.watch.observe(r.score for g in groups for r in g.rollouts if r.score is not None)
+            scores += [r.score for g in groups for r in g.rollouts if r.score is not None]
             if run.reward.permute:
                 groups = permuted(groups, seed=key(run.seed, first))
             good = [g for g in groups if keep(g)]
             dropped += len(groups) - len(good)
             kept += good
             rounds += 1
+        self.watch.observe(scores)
         self.last = {"rollout/refills": rounds - 1, "rollout/dropped_groups": dropped}
         # A step without any kept group trains on the last ones, whose equal rewards change nothing.
         self.newest = kept or groups

@@ -139,7 +139,7 @@ class _Decode:
         for slot, row in enumerate(new, start=first):
             keys, values, logits_V = self.prompts.take(row.request)
             if self.cache is None:
-                heads, _, dim = keys[0].shape
+                _, heads, dim = keys[0].shape
                 self.cache = Slots(self.model.layers, self.width, heads, self.columns, dim, keys[0])
             self.cache.put(slot, keys, values)
             logits.append(logits_V)
@@ -237,11 +237,11 @@ class _Prompts:
         rows = Prefill(length_B)
         line_N = torch.tensor([t for p in prompts for t in p], device=device)
         hidden_NH = self.model.hidden(line_N, rows.position_N, rows)
-        logits_BV = self.model.logits(hidden_NH[length_B.cumsum(0) - 1])
-        for i, prompt in enumerate(prompts):
-            cut = len(prompt)
-            keys = [layer[i, :, :cut] for layer in rows.keys]
-            values = [layer[i, :, :cut] for layer in rows.values]
+        logits_BV = self.model.logits(hidden_NH[rows.end_B - 1])
+        for i, (prompt, end) in enumerate(zip(prompts, rows.end_B.tolist())):
+            cut = slice(end - len(prompt), end)
+            keys = [layer[cut] for layer in rows.keys]
+            values = [layer[cut] for layer in rows.values]
             self.ready[prompt] = (keys, values, logits_BV[i])
 
     def take(self, request: Request) -> tuple[list[Tensor], list[Tensor], Tensor]:

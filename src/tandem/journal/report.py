@@ -118,7 +118,9 @@ def _advice(run: Run, summary: Summary) -> list[str]:
     recipe = summary.recipe
     if summary.end.get("eval/truncated_share", 0) > 0.2:
         more = 2 * run.sampling.max_answer_tokens
-        return [f"  tandem train {recipe} --fresh sampling.max_answer_tokens={more}   # many answers were cut"]
+        return [
+            f"  tandem train {recipe} --fresh sampling.max_answer_tokens={more}   # many answers were cut"
+        ]
     accuracy = summary.end.get("eval/accuracy")
     if accuracy is not None and accuracy < 0.9:
         return [f"  tandem train {recipe} steps={max(2 * run.steps, 1)}   # accuracy has room to rise"]

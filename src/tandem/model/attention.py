@@ -123,7 +123,9 @@ class Branches:
         return torch.cat([trunk_NHD, self.leaves.flat(leaves_BHAD)])
 
 
-def lay(length_B: Tensor, prompt_length_B: Tensor | None = None, group_B: Tensor | None = None) -> Rows | Branches:
+def lay(
+    length_B: Tensor, prompt_length_B: Tensor | None = None, group_B: Tensor | None = None
+) -> Rows | Branches:
     """The layout of a batch: with prompts computed once where that saves a tenth of the tokens."""
     if prompt_length_B is None or group_B is None:
         return Rows(length_B)

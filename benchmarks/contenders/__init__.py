@@ -1,0 +1,1 @@
+"""The contenders. Each module has SETTINGS, REQUIRES, and `measure(job)`; it imports what it races only inside."""

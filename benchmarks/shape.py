@@ -1,0 +1,124 @@
+"""Shapes of the Qwen2 models that are raced, and the folder of weights that every contender loads."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PAD = 0
+"""Pads rows; prompts do not hold it."""
+DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Sizes of a Qwen2 with tied embeddings; weights are random, for speed does not depend on their values."""
+
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocab: int
+    dtype: str = "fp32"
+    positions: int = 4096
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def block_parameters(self) -> int:
+        """Matrix weights of the layers, without embedding and head."""
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Weights that every token is multiplied by: layers and output head."""
+        return self.block_parameters + self.vocab * self.hidden
+
+    @property
+    def end_token(self) -> int:
+        """An id past the last row of the network: it cannot be sampled, so answers have the length asked for."""
+        return self.vocab
+
+    def write(self, folder: Path, seed: int = 0) -> None:
+        """A Hugging Face folder with random weights and a tokenizer."""
+        import torch
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+
+        torch.manual_seed(seed)
+        config = Qwen2Config(
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=self.positions,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=self.end_token,
+            pad_token_id=PAD,
+        )
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
+        Qwen2ForCausalLM(config).to(dtype).save_pretrained(folder)
+        tokenizer(self.vocab).save_pretrained(folder)
+
+
+def small(hidden: int, layers: int, vocab: int = 2048) -> Shape:
+    """Heads of 64, half as many key heads, four times the width inside: 4.5 M parameters at 256 x 4."""
+    heads = max(2, hidden // 64)
+    return Shape(
+        name=str(hidden),
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads // 2,
+        intermediate=4 * hidden,
+        vocab=vocab,
+    )
+
+
+def tokenizer(vocab: int) -> "PreTrainedTokenizerFast":
+    """One word per id (`t17` is 17), so that token lists and texts are the same thing to every contender."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": PAD, **{f"t{i}": i for i in range(1, vocab)}, "<end>": vocab}
+    core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<end>")
+
+
+def text(tokens: list[int]) -> str:
+    """The text that the tokenizer reads as these ids."""
+    return " ".join(f"t{i}" for i in tokens)
+
+
+QWEN = {
+    "qwen2.5-0.5b": Shape(
+        name="qwen2.5-0.5b",
+        hidden=896,
+        layers=24,
+        heads=14,
+        kv_heads=2,
+        intermediate=4864,
+        vocab=151936,
+        dtype="bf16",
+    ),
+    "qwen2.5-1.5b": Shape(
+        name="qwen2.5-1.5b",
+        hidden=1536,
+        layers=28,
+        heads=12,
+        kv_heads=2,
+        intermediate=8960,
+        vocab=151936,
+        dtype="bf16",
+    ),
+}
