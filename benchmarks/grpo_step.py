@@ -27,7 +27,7 @@ import results
 from contenders import tandem_step, trl_step
 from contest import Entry, Row, best, check, race, ratio, run
 from job import Job
-from shape import Shape
+from shape import FIRST_WORD, Shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ def job_of(args: argparse.Namespace, shape: Shape, folder: Path, case: Case) -> 
     counts = lengths.drawn(total, rng) if case.prompt_tokens is None else [case.prompt_tokens] * total
     return Job(
         folder=str(folder),
-        prompts=[[rng.randrange(1, shape.vocab) for _ in range(count)] for count in counts],
+        prompts=[[rng.randrange(FIRST_WORD, shape.vocab) for _ in range(count)] for count in counts],
         answers=args.answers,
         max_tokens=args.tokens,
         end_tokens=[],

@@ -26,7 +26,7 @@ import results
 from contenders import tandem_engine, transformers_generate, vllm_engine
 from contest import Entry, Row, best, check, race, ratio
 from job import Job, answers_from
-from shape import Shape
+from shape import FIRST_WORD, Shape
 
 CASES = ["equal", "mixed"]
 LONGEST = 4
@@ -49,7 +49,7 @@ def job_of(args: argparse.Namespace, shape: Shape, folder: Path, case: str) -> J
     counts = lengths.drawn(args.prompts, rng)
     equal = Job(
         folder=str(folder),
-        prompts=[[rng.randrange(1, shape.vocab) for _ in range(count)] for count in counts],
+        prompts=[[rng.randrange(FIRST_WORD, shape.vocab) for _ in range(count)] for count in counts],
         answers=args.answers,
         max_tokens=args.tokens,
         end_tokens=[],

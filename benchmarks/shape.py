@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import Qwen2Tokenizer
 
 PAD = 0
-"""Pads rows; prompts do not hold it."""
+"""Pads rows."""
+FIRST_WORD = 257
+"""After the pad token and the bytes; prompts are made of words."""
+SPACE = "\u0120"
+"""How byte-level tokenizers write the space that begins a word."""
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 
 
@@ -84,20 +88,40 @@ def small(hidden: int, layers: int, vocab: int = 2048) -> Shape:
     )
 
 
-def tokenizer(vocab: int) -> "PreTrainedTokenizerFast":
-    """One word per id (`t17` is 17), so that token lists and texts are the same thing to every contender."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+def tokenizer(vocab: int) -> "Qwen2Tokenizer":
+    """A Qwen2 tokenizer in which every id from FIRST_WORD on is a word, so that texts and ids say the same thing."""
+    from transformers import Qwen2Tokenizer
+    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
-    words = {"<pad>": PAD, **{f"t{i}": i for i in range(1, vocab)}, "<end>": vocab}
-    core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<end>")
+    words = [word(i) for i in range(FIRST_WORD, vocab)]
+    symbols = ["<|pad|>", *bytes_to_unicode().values(), *words]
+    # A word is its prefix and a letter; the prefix of a one-letter word is the space.
+    merges = [(w[:-1], w[-1]) for w in words]
+    return Qwen2Tokenizer(
+        vocab={symbol: i for i, symbol in enumerate(symbols)},
+        merges=merges,
+        unk_token="<|pad|>",
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+    )
+
+
+def word(token: int) -> str:
+    """Words in order of length, then of the alphabet, so that every prefix comes before what it begins."""
+    left, letters = token - FIRST_WORD, ""
+    length, count = 1, 26
+    while left >= count:
+        left -= count
+        length, count = length + 1, count * 26
+    for _ in range(length):
+        left, letter = divmod(left, 26)
+        letters = chr(ord("a") + letter) + letters
+    return SPACE + letters
 
 
 def text(tokens: list[int]) -> str:
     """The text that the tokenizer reads as these ids."""
-    return " ".join(f"t{i}" for i in tokens)
+    return "".join(map(word, tokens)).replace(SPACE, " ")
 
 
 QWEN = {

@@ -28,6 +28,7 @@ FREE_ON_RESUME = (
     "steps",
     "device",
     "threads",
+    "profile",
     "eval",
     "checkpoint",
     "journal",

@@ -33,6 +33,8 @@ class Run(Section):
     """`auto` for the accelerator if there is one, else `cpu`; or a device by name, such as `cuda:1`."""
     threads: int | None = Field(None, gt=0)
     """CPU threads for tensor work; null for the cores this process may use."""
+    profile: bool = False
+    """Trace the second step, and table where its time went against the device's limits (`<run_dir>/profile`)."""
     model: Model
     data: Data
     warmup: Warmup | None = None

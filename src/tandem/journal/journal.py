@@ -55,6 +55,10 @@ class Journal:
         for name, sink in list(self._sinks.items()):
             self._guarded(name, sink.failures, lambda sink=sink: sink.write(step, finite))
 
+    def say(self, text: str) -> None:
+        """A message on the console, beside the progress bar."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def record(
         self, step: int, groups: Sequence["Group"], advantages: Sequence[float] | None = None
     ) -> Path | None:

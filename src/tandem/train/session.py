@@ -17,6 +17,7 @@ from tandem.placement.inline import Roles
 from tandem.train import snapshot
 from tandem.train.evaluation import Evaluation, evaluate
 from tandem.train.interrupt import Interruption
+from tandem.train.profile import StepProfile
 from tandem.train.snapshot import Boundary
 from tandem.types import Experience, Group, Prompt
 
@@ -46,6 +47,8 @@ class Session:
         self.first: Evaluation | None = None
         self.last: Evaluation | None = None
         self._figures: dict[str, float] = {}
+        self._profiled = start + 1 if run.profile else None
+        self._profile: StepProfile | None = None
         self._saved: int | None = start or None
         roles.sampler.poll = interruption.check
 
@@ -55,13 +58,19 @@ class Session:
         self._figures = self._evaluate(step)
         if step == self.run.steps and self._figures:
             self.journal.log(step, self._figures)
+        if step == self._profiled and step < self.run.steps:
+            folder = Path(self.run.run_dir) / "profile"
+            self._profile = StepProfile(folder, self.roles.actor.model, self.journal.say)
+            self._profile.start()
 
     def after(
         self, step: int, groups: list[Group], experience: Experience, figures: dict[str, float]
     ) -> None:
-        figures = (
-            figures | self._figures | self.roles.stream.last | step_figures(groups) | self._clock(groups)
-        )
+        clock = self._clock(groups)
+        if self._profile is not None:
+            self._profile.finish(step, groups, clock, self.run.sampling.slots)
+            self._profile = None
+        figures = figures | self._figures | self.roles.stream.last | step_figures(groups) | clock
         done = step + 1
         figures |= {"version": self.roles.sampler.version, "epoch": self._epochs()}
         advantages = (experience.advantage_BT.sum(-1) / experience.mask_BT.sum(-1).clamp(min=1)).tolist()

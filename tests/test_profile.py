@@ -1,0 +1,36 @@
+"""The profile of a step: its trace, and its phases against what the device can do."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import random_model
+from transformers import Qwen2Config
+
+from tandem.train.profile import attention_flops, matmul_weights
+from tandem.train.run import train
+
+
+def test_profile_traces_the_second_step_and_accounts_for_its_time(random_folder, make_run, quiet):
+    run = make_run(random_folder, steps=3, profile=True, reward={"functions": [{"name": REWARD}]})
+    train(run, quiet)
+    record = json.loads((Path(run.run_dir) / "profile" / "phases.json").read_text())
+    rows = [json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    phases = {phase["name"]: phase for phase in record["phases"]}
+    assert record["step"] == 1 and {"rollout", "update"} <= phases.keys()
+    assert sum(p["seconds"] for p in phases.values()) == pytest.approx(rows[1]["timing/all"], rel=0.25)
+    assert all(0 < phases[name]["share"] < 1 for name in ("rollout", "update"))
+    trace = json.loads((Path(run.run_dir) / "profile" / "trace.json").read_text())
+    assert any(event.get("name") == "aten::mm" or "linear" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_work_is_counted_by_hand():
+    model = random_model()  # hidden 64, 2 layers, 4 heads of 16, 2 key heads, mlp 192
+    per_layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 192
+    vocabulary = model.vocab_size
+    assert matmul_weights(model) == 2 * per_layer + vocabulary * 64
+    config = Qwen2Config(hidden_size=64, num_attention_heads=4, num_hidden_layers=2)
+    assert attention_flops(config, 10) == 4 * 10 * 64 * 2
+
+
+REWARD = f"{Path(__file__).parent / 'data' / 'digit_share.py'}:digit_share"
