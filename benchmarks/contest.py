@@ -44,6 +44,11 @@ class Row:
         """Median tokens per second."""
         return median(t / s for t, s in zip(self.tokens, self.seconds)) if self.seconds else None
 
+    def void(self, why: str) -> None:
+        """Its figures do not count."""
+        if self.not_run is None:
+            self.not_run, self.seconds = f"void: {why}", []
+
     def public(self) -> dict[str, Any]:
         """As the results file has it."""
         if self.not_run is not None:
@@ -106,7 +111,9 @@ def run(contender: str, job: Job, folder: Path, pythons: Mapping[str, str]) -> d
         if result.exists():
             return json.loads(result.read_text(encoding="utf-8"))
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        return {"not_run": f"failed with exit status {code}: {lines[-1][:200] if lines else 'it said nothing'}"}
+        return {
+            "not_run": f"failed with exit status {code}: {lines[-1][:200] if lines else 'it said nothing'}"
+        }
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -142,5 +149,4 @@ def check(rows: Sequence[Row], job: Job) -> None:
     for row in rows:
         full = wanted * job.max_tokens
         if row.seconds and not job.end_tokens and any(count != full for count in row.tokens):
-            row.not_run = f"void: it made {sorted(set(row.tokens))} tokens and {full} were asked for"
-            row.seconds = []
+            row.void(f"it made {sorted(set(row.tokens))} tokens and {full} were asked for")

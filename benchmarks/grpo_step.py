@@ -94,9 +94,7 @@ def memory(row: Row | None) -> float | None:
         return None
     reports = [report["memory"] for report in row.reports]
     on_device = "device_step_mb" in reports[0]
-    return median(
-        m["device_step_mb"] if on_device else m["step_mb"] + m["children_mb"] for m in reports
-    )
+    return median(m["device_step_mb"] if on_device else m["step_mb"] + m["children_mb"] for m in reports)
 
 
 def case_of(args: argparse.Namespace, shape: Shape, folder: Path, name: str) -> dict[str, Any]:
@@ -106,12 +104,13 @@ def case_of(args: argparse.Namespace, shape: Shape, folder: Path, name: str) -> 
     verdict = verify(job, folder, pythons)
     rows = race(ENTRIES, job, args.rounds, folder, pythons)
     check(rows, job)
+    if not verdict["passed"] and "not_run" not in verdict:
+        for row in rows:
+            row.void(f"loss or gradient differ ({verdict})")
     ours, theirs = best(rows, "tandem_step"), best(rows, "trl_step")
-    if theirs is not None and not verdict["passed"]:
-        theirs.not_run, theirs.seconds = f"void: loss or gradient differ ({verdict})", []
-        theirs = None
     mine, other = memory(ours), memory(theirs)
-    leanest = min((memory(r) for r in rows if r.seconds and r.entry.contender == "trl_step"), default=None)
+    others = [memory(row) for row in rows if row.seconds and row.entry.contender == "trl_step"]
+    leanest = min((m for m in others if m is not None), default=None)
     record = {
         "prompts": [len(p) for p in job.prompts],
         "prompts_per_step": job.prompts_per_step,

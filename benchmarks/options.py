@@ -13,9 +13,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--hidden", type=int, default=256, help="width of the model")
     made.add_argument("--layers", type=int, default=4)
     made.add_argument("--vocab", type=int, default=2048)
-    made.add_argument(
-        "--shape", choices=sorted(QWEN), help="a Qwen2.5 shape in bf16 instead, weights random"
-    )
+    made.add_argument("--shape", choices=sorted(QWEN), help="a Qwen2.5 shape in bf16 instead, weights random")
     made.add_argument("--device", default="cpu", help="cpu, or an accelerator such as cuda")
     made.add_argument("--threads", type=int, default=machine.cores(), help="CPU threads of each contender")
     made.add_argument("--prompts", type=int, default=8, help="prompts at a time")

@@ -75,8 +75,7 @@ def verify(rows: list[Row], job: Job) -> dict[str, Any]:
         agreement = gate.sampled(job, answers_from(row.reports[-1]["answers"]))
         verdicts[f"{row.entry.contender}, {row.entry.setting}"] = agreement.public()
         if not agreement.passed:
-            row.not_run = f"void: its answers are not samples of the model ({agreement.public()})"
-            row.seconds = []
+            row.void(f"its answers are not samples of the model ({agreement.public()})")
     return verdicts
 
 
@@ -137,9 +136,7 @@ def main() -> None:
     shape = options.shape(args)
     with tempfile.TemporaryDirectory() as folder:
         shape.write(Path(folder))
-        record = {
-            case: case_of(args, shape, Path(folder), case) for case in options.chosen(args, CASES)
-        }
+        record = {case: case_of(args, shape, Path(folder), case) for case in options.chosen(args, CASES)}
     print(results.write("rollout", args, shape, record), file=sys.stderr)
     print(json.dumps(last_line(record)))
 

@@ -45,11 +45,6 @@ class Shape:
         """Weights that every token is multiplied by: layers and output head."""
         return self.block_parameters + self.vocab * self.hidden
 
-    @property
-    def end_token(self) -> int:
-        """An id past the last row of the network: it cannot be sampled, so answers have the length asked for."""
-        return self.vocab
-
     def write(self, folder: Path, seed: int = 0) -> None:
         """A Hugging Face folder with random weights and a tokenizer."""
         import torch
@@ -66,7 +61,7 @@ class Shape:
             max_position_embeddings=self.positions,
             tie_word_embeddings=True,
             bos_token_id=None,
-            eos_token_id=self.end_token,
+            eos_token_id=None,
             pad_token_id=PAD,
         )
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
@@ -89,12 +84,15 @@ def small(hidden: int, layers: int, vocab: int = 2048) -> Shape:
 
 
 def tokenizer(vocab: int) -> "Qwen2Tokenizer":
-    """A Qwen2 tokenizer in which every id from FIRST_WORD on is a word, so that texts and ids say the same thing."""
+    """A Qwen2 tokenizer in which every id from FIRST_WORD on is a word, so that texts and ids say the same thing.
+
+    Its end token is an id past the network's last row: it cannot be sampled, so answers have the length asked for.
+    """
+    from tokenizers import pre_tokenizers
     from transformers import Qwen2Tokenizer
-    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
     words = [word(i) for i in range(FIRST_WORD, vocab)]
-    symbols = ["<|pad|>", *bytes_to_unicode().values(), *words]
+    symbols = ["<|pad|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *words]
     # A word is its prefix and a letter; the prefix of a one-letter word is the space.
     merges = [(w[:-1], w[-1]) for w in words]
     return Qwen2Tokenizer(

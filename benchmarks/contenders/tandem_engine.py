@@ -37,8 +37,6 @@ def generator(job: Job, model: Any) -> Generate:
     def generate(seed: int) -> list[Answer]:
         requests = [Request(tokens=tuple(job.prompts[i]), key=key(seed, i, k)) for i, k in rows]
         done = engine.generate(requests, params)
-        return [
-            Answer(prompt=i, tokens=list(c.tokens), logp=list(c.logp)) for (i, _), c in zip(rows, done)
-        ]
+        return [Answer(prompt=i, tokens=list(c.tokens), logp=list(c.logp)) for (i, _), c in zip(rows, done)]
 
     return generate

@@ -6,15 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from contenders.tandem_step import recipe
 from job import Job
+from reward import scrambled
+
+from contenders.tandem_step import recipe
 
 SETTINGS = {"default": {}}
 REQUIRES = ("tandem",)
 
 
 def fixed_answers(job: Job, vocab: int) -> list[list[int]]:
-    """Answers of all lengths up to the job's, prompt by prompt; the same in every process."""
+    """Answers of many lengths up to the job's, prompt by prompt; the same in every process."""
     rng = random.Random(job.seed)
     count = job.prompts_per_step * job.answers
     lengths = [rng.randint(1, job.max_tokens) for _ in range(count)]
@@ -53,31 +55,44 @@ def assessed(job: Job, actor: Any, answers: list[list[int]]) -> tuple[Any, dict[
     """The batch as the loop makes it, with rewards of every answer's own, and a reference some way off."""
     import torch
 
-    from reward import scrambled
     from tandem.algorithms import assess
-    from tandem.types import Batch, pad
+    from tandem.types import collate, pad
 
-    prompts = [p for p in job.prompts[: job.prompts_per_step] for _ in range(job.answers)]
-    sampled = [[False] * len(p) + [True] * len(a) for p, a in zip(prompts, answers)]
-    rows = len(prompts)
-    mask_BT = pad(sampled, torch.bool, False)
-    batch = Batch(
-        tokens_BT=pad([p + a for p, a in zip(prompts, answers)], torch.long),
-        mask_BT=mask_BT,
-        rollout_logp_BT=torch.zeros(mask_BT.shape),
-        policy_logp_BT=torch.zeros(mask_BT.shape),
-        reward_B=torch.tensor([scrambled(str(a)) for a in answers], dtype=torch.float64),
-        group_B=torch.arange(job.prompts_per_step).repeat_interleave(job.answers),
-        length_B=torch.tensor([len(row) for row in sampled]),
-        truncated_B=torch.zeros(rows, dtype=torch.bool),
-        version_B=torch.zeros(rows, dtype=torch.long),
-    )
+    batch = collate(groups(job, answers))
     policy_BT = actor.logprobs(batch)
     batch = replace(batch, rollout_logp_BT=policy_BT, policy_logp_BT=policy_BT)
-    noise_BT = torch.randn(mask_BT.shape, generator=torch.Generator().manual_seed(job.seed))
-    ref_BT = (policy_BT + 0.3 * noise_BT) * mask_BT if job.beta else None
+    noise_BT = torch.randn(policy_BT.shape, generator=torch.Generator().manual_seed(job.seed))
+    ref_BT = (policy_BT + 0.3 * noise_BT) * batch.mask_BT if job.beta else None
     experience, _ = assess(batch, actor.run.algorithm, job.max_tokens, job.beta, ref_logp_BT=ref_BT)
+    # An answer has one advantage, the prompt has 0: their sum is the answer's.
     kept = {"advantage": experience.advantage_BT.amax(-1) + experience.advantage_BT.amin(-1)}
     if ref_BT is not None:
-        kept["reference"] = pad([row[m].tolist() for row, m in zip(ref_BT, mask_BT)], torch.float32)
+        kept["reference"] = pad([row[m].tolist() for row, m in zip(ref_BT, batch.mask_BT)], torch.float32)
     return experience, kept
+
+
+def groups(job: Job, answers: list[list[int]]) -> list[Any]:
+    """The answers in the form that the sampler hands to the loop."""
+    from tandem.types import Group, Prompt, Rollout, Score
+
+    made = []
+    for i, tokens in enumerate(job.prompts[: job.prompts_per_step]):
+        prompt = Prompt(id=i, tokens=tuple(tokens), text="", question="", truth=None, row={})
+        rollouts = []
+        for answer in answers[i * job.answers :][: job.answers]:
+            row = (*tokens, *answer)
+            rollouts.append(
+                Rollout(
+                    tokens=row,
+                    sampled=(False,) * len(tokens) + (True,) * len(answer),
+                    logp=(0.0,) * len(row),
+                    policy_logp=(0.0,) * len(row),
+                    text="",
+                    finish="stop",
+                    oldest_version=0,
+                    newest_version=0,
+                    score=Score(reward=scrambled(str(answer))),
+                )
+            )
+        made.append(Group(prompt=prompt, rollouts=tuple(rollouts)))
+    return made

@@ -4,18 +4,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from contenders.tandem_gradient import fixed_answers
-from contenders.trl_step import policy, trainer
 from job import Job
 from reward import scrambled_all
 from shape import PAD
+
+from contenders.tandem_gradient import fixed_answers
+from contenders.trl_step import policy, trainer
 
 SETTINGS = {"1 micro-batch": 1}
 REQUIRES = ("trl",)
 
 
 def measure(job: Job) -> dict[str, Any]:
-    import torch
     from safetensors.torch import load_file, save_file
 
     model = policy(job)

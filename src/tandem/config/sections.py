@@ -305,7 +305,7 @@ class Learner(Section):
     """Optimizer updates that a step's answers are cut into."""
     epochs_per_step: int = Field(1, gt=0)
     """Passes over a step's answers."""
-    tokens_per_forward: int = Field(8192, gt=0)
+    tokens_per_forward: int = Field(4096, gt=0)
     """Micro-batches hold at most so many tokens; the result does not depend on it."""
     logits_mb: int = Field(1024, gt=0)
     """Logits of a micro-batch above this size are computed in chunks, and again in the backward pass."""
