@@ -247,7 +247,7 @@ def test_a_poll_that_raises_abandons_the_work_and_leaves_the_engine_usable():
     before = engine.generate(requests, params)
     calls = []
 
-    def poll():
+    def poll(answers, tokens):
         calls.append(None)
         if len(calls) == 6:
             raise InterruptedError("stop here")

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import random_model
 from transformers import Qwen2Config
 
+from conftest import random_model
 from tandem.train.profile import attention_flops, matmul_weights
 from tandem.train.run import train
 
@@ -21,7 +21,9 @@ def test_profile_traces_the_second_step_and_accounts_for_its_time(random_folder,
     assert sum(p["seconds"] for p in phases.values()) == pytest.approx(rows[1]["timing/all"], rel=0.25)
     assert all(0 < phases[name]["share"] < 1 for name in ("rollout", "update"))
     trace = json.loads((Path(run.run_dir) / "profile" / "trace.json").read_text())
-    assert any(event.get("name") == "aten::mm" or "linear" in event.get("name", "") for event in trace["traceEvents"])
+    assert any(
+        event.get("name") == "aten::mm" or "linear" in event.get("name", "") for event in trace["traceEvents"]
+    )
 
 
 def test_work_is_counted_by_hand():

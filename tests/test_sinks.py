@@ -18,7 +18,7 @@ from rich.console import Console
 from journal_run import groups, run_of
 from tandem.config import redact
 from tandem.errors import ConfigError
-from tandem.journal import Journal, read_metrics
+from tandem.journal import Journal, read_metrics, sinks
 from tandem.types import Group, Rollout, Score
 
 ROOT = Path(__file__).parents[1]
@@ -192,3 +192,21 @@ def test_redaction_hides_credentials_and_nothing_else(monkeypatch):
         "keyboard": "qwerty",
     }
     assert json.dumps(redact("plain")) == '"plain"' and os.environ["MY_SERVICE_PASSWORD"]
+
+
+def test_a_long_step_says_how_far_it_is(tmp_path, monkeypatch):
+    run = run_of(tmp_path, "journal.sinks=[console]")
+    terminal, plain = io.StringIO(), io.StringIO()
+    with Journal(run, tmp_path / "a", Console(file=terminal, force_terminal=True, width=120)) as journal:
+        journal._shown_at -= 2
+        journal.progress("3 of 8 answers")
+        journal.progress("4 of 8 answers")
+    assert "3 of 8 answers" in terminal.getvalue()
+    assert "4 of 8" not in terminal.getvalue(), "not more than once a second"
+    with Journal(run, tmp_path / "b", Console(file=plain, width=120)) as journal:
+        for doing in ("1 of 8 answers", "2 of 8 answers", "3 of 8 answers"):
+            journal._shown_at -= 2
+            journal.progress(doing)
+            monkeypatch.setattr(sinks, "QUIET_S", 0.0 if doing.startswith("1") else 30.0)
+        journal.log(1, {"reward/mean": 0.5})
+    assert "1 of 8" not in plain.getvalue() and "2 of 8" in plain.getvalue() and "3 of 8" not in plain.getvalue()

@@ -25,7 +25,7 @@ class Engine(Protocol):
     """Tokens in, tokens out."""
 
     def generate(
-        self, requests: Sequence[Request], params: SamplingParams, *, poll: Callable[[], None]
+        self, requests: Sequence[Request], params: SamplingParams, *, poll: Callable[[int, int], None]
     ) -> list[Completion]: ...
 
 
@@ -45,7 +45,8 @@ class Sampler:
         self.params = params
         self.stop_tokens = stop_tokens
         self.version = 0
-        self.poll: Callable[[], None] = lambda: None
+        self.poll: Callable[[int, int, int], None] = lambda answers, tokens, total: None
+        """Called while answers are sampled, with those done, tokens so far, and answers wanted; may raise."""
         self._seconds = {"timing/rollout": 0.0, "timing/reward": 0.0}
 
     def sample(
@@ -65,7 +66,9 @@ class Sampler:
             for prompt, serial in zip(prompts, serials)
             for i in range(answers)
         ]
-        completions = self.engine.generate(requests, params or self.params, poll=self.poll)
+        completions = self.engine.generate(
+            requests, params or self.params, poll=lambda done, tokens: self.poll(done, tokens, len(requests))
+        )
         groups = [
             Group(prompt=p, rollouts=tuple(self._rollout(p, c) for c in completions[i * answers :][:answers]))
             for i, p in enumerate(prompts)

@@ -65,12 +65,13 @@ class EmbeddedEngine:
         requests: Sequence[Request],
         params: SamplingParams,
         *,
-        poll: Callable[[], None] = lambda: None,
+        poll: Callable[[int, int], None] = lambda answers, tokens: None,
         on_token: Callable[[int, int], None] = lambda index, token: None,
     ) -> list[Completion]:
         """One completion per request, in order.
 
-        `poll` is called between tokens and may raise to abandon the work; `on_token(index, token)` sees each token
+        `poll(answers done, tokens so far)` is called between tokens and may raise to abandon the work;
+        `on_token(index, token)` sees each token
         as it is chosen.
         """
         if not requests:
@@ -102,12 +103,13 @@ class _Decode:
                 f"{self.model.max_positions}; lower data.max_prompt_tokens or sampling.max_answer_tokens"
             )
         self.width = min(engine.slots, len(requests))
+        self.finished = self.tokens = 0
         self.cache: Slots | None = None
         self.columns = longest
 
-    def run(self, poll: Callable[[], None]) -> list[Completion]:
+    def run(self, poll: Callable[[int, int], None]) -> list[Completion]:
         while self.rows or self.waiting:
-            poll()
+            poll(self.finished, self.tokens)
             self._make_room()
             if self.rows:
                 self._step()
@@ -168,12 +170,14 @@ class _Decode:
         for row, token, logp, policy_logp in columns:
             if row.finish is not None:
                 continue
+            self.tokens += 1
             row.tokens.append(token)
             row.logp.append(logp)
             row.policy_logp.append(policy_logp)
             self.on_token(row.index, token)
             row.finish = self._finish(row)
             if row.finish is not None:
+                self.finished += 1
                 self.done[row.index] = Completion(
                     tokens=tuple(row.tokens),
                     logp=tuple(row.logp),

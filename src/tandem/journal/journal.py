@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +41,7 @@ class Journal:
         self._folder = folder
         self._console = console or Console()
         self._first_step = 0
+        self._shown_at = time.monotonic()
         self._file = _Lines(folder / "metrics.jsonl")
         self._sinks: dict[str, Sink] | None = None
         self._record_rollouts = run.journal.rollouts != "none"
@@ -54,6 +56,17 @@ class Journal:
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         for name, sink in list(self._sinks.items()):
             self._guarded(name, sink.failures, lambda sink=sink: sink.write(step, finite))
+
+    def progress(self, doing: str) -> None:
+        """What a long step is at; shown on the console, at most once a second, and written nowhere."""
+        now = time.monotonic()
+        if now - self._shown_at < 1.0:
+            return
+        self._shown_at = now
+        if self._sinks is None:
+            self._sinks = self._open()
+        for name, sink in list(self._sinks.items()):
+            self._guarded(name, sink.failures, lambda sink=sink: sink.progress(doing))
 
     def say(self, text: str) -> None:
         """A message on the console, beside the progress bar."""

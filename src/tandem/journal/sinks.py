@@ -26,10 +26,17 @@ class Sink(Protocol):
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
+    def progress(self, doing: str) -> None:
+        """What a long step is at, for those who watch; most sinks do not."""
+
     def close(self) -> None: ...
 
 
-class ConsoleSink:
+QUIET_S = 30.0
+"""A console without a terminal hears of a long step this often."""
+
+
+class ConsoleSink(Sink):
     """A progress bar on a terminal; one plain line per step elsewhere."""
 
     failures = (OSError,)
@@ -38,6 +45,7 @@ class ConsoleSink:
         self._steps = run.steps
         self._console = console
         self._shown: dict[str, float] = {}
+        self._said_at = time.monotonic()
         self._start = (max(first_step - 1, 0), time.monotonic())
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -45,9 +53,10 @@ class ConsoleSink:
                 BarColumn(20),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[figures]}", markup=False),
+                TextColumn("{task.fields[doing]}", markup=False, style="dim"),
             )
             self._bar = Progress(*columns, TimeRemainingColumn(compact=True), console=console)
-            self._task = self._bar.add_task("", total=run.steps, completed=self._start[0], figures="")
+            self._task = self._bar.add_task("", total=run.steps, completed=self._start[0], figures="", doing="")
             self._bar.start()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -55,11 +64,20 @@ class ConsoleSink:
         figures = "  ".join(_FIGURES[name].format(value) for name, value in self._shown.items())
         if "warmup/loss" in metrics:
             figures = f"warm-up {metrics.get('warmup/update', 0):.0f}  loss {metrics['warmup/loss']:.3f}"
+        self._said_at = time.monotonic()
+        # The line of a step describes it; with its update done, one more step is behind.
+        done = step + ("timing/all" in metrics)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, figures=figures)
+            self._bar.update(self._task, completed=done, figures=figures, doing="")
         else:
-            line = f"step {step}/{self._steps}  {figures}{self._time_left(step)}"
-            self._print(line)
+            self._print(f"step {done}/{self._steps}  {figures}{self._time_left(done)}")
+
+    def progress(self, doing: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, doing=doing)
+        elif time.monotonic() - self._said_at > QUIET_S:
+            self._said_at = time.monotonic()
+            self._print(f"  {doing}")
 
     def close(self) -> None:
         if self._bar is not None:
@@ -80,7 +98,7 @@ class ConsoleSink:
         return f"  {left // 60}:{left % 60:02d} left"
 
 
-class TensorBoardSink:
+class TensorBoardSink(Sink):
     """Event files under `tensorboard/`; a resumed run hides the events after the step it resumes from."""
 
     failures = (OSError,)
@@ -113,7 +131,7 @@ class TensorBoardSink:
             self._warmup.close()
 
 
-class WandbSink:
+class WandbSink(Sink):
     """A W&B run, offline without an account. Its id is kept in the folder: a resumed run goes on in it."""
 
     def __init__(self, run: Run, folder: Path, first_step: int, console: Console) -> None:

@@ -50,7 +50,7 @@ class Session:
         self._profiled = start + 1 if run.profile else None
         self._profile: StepProfile | None = None
         self._saved: int | None = start or None
-        roles.sampler.poll = interruption.check
+        roles.sampler.poll = self._poll
 
     def before(self, step: int) -> None:
         self.boundary = self._boundary(step)
@@ -83,6 +83,11 @@ class Session:
                 self.save()
             except RunError as error:
                 logger.warning("%s; training goes on and saves again after %d steps", error, every)
+
+    def _poll(self, answers: int, tokens: int, total: int) -> None:
+        """While answers are sampled: stop if asked to, and show how far it is."""
+        self.interruption.check()
+        self.journal.progress(f"{answers:,} of {total:,} answers, {tokens:,} tokens")
 
     def save(self) -> None:
         """A checkpoint of the last boundary."""
