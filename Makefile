@@ -1,8 +1,8 @@
-# make quickstart | test | check | docs | fix
+# make quickstart | test | check | docs | fix | bench
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check docs fix
+.PHONY: quickstart test check docs fix bench
 
 quickstart: .venv/run
 	$(BIN)/tandem train recipes/runs/quickstart.yaml --fresh
@@ -18,10 +18,18 @@ fix: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Everything in docs/benchmarks.md that this machine can measure; an hour on two cores.
+bench: .venv-bench/run
+	for size in "256 4" "512 8"; do set -- $$size; \
+	  .venv-bench/bin/python benchmarks/rollout.py --hidden $$1 --layers $$2 && \
+	  .venv-bench/bin/python benchmarks/grpo_step.py --hidden $$1 --layers $$2 || exit 1; done
+	.venv-bench/bin/python benchmarks/document.py > docs/benchmarks.md
+
 # The pages that are made from the code.
 docs: .venv/dev
 	$(BIN)/python -c "import tandem.config as c; print(c.document(), end='')" > docs/config.md
 	$(BIN)/python -c "import tandem.journal as j; print(j.document_metrics(), end='')" > docs/metrics.md
+	$(BIN)/python benchmarks/document.py > docs/benchmarks.md
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -34,4 +42,10 @@ docs: .venv/dev
 
 .venv/dev: .venv/run
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+.venv-bench/run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --constraint constraints.txt torch
+	.venv-bench/bin/pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	touch $@

@@ -17,7 +17,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 ON = {"cpu": ("log-probabilities", "tokens only"), "accelerator": tuple(SETTINGS)}
-"""Settings that are raced. On a CPU a static cache and `generate_batch` are many times slower."""
+"""Settings that are raced. On a CPU a static cache is slower."""
 REQUIRES = ("transformers",)
 
 

@@ -1,4 +1,4 @@
-"""vLLM in its own process, with the settings that its CPU build needs to share two cores."""
+"""vLLM, its engine in this process or in one of its own, where it chooses the allocator; threads are not bound."""
 
 import os
 from typing import Any
@@ -9,21 +9,22 @@ from memory import Watch
 from contenders.stopwatch import timed
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "eager": {"enforce_eager": True},
-    "compiled": {"enforce_eager": False},
+    "in process": {"own_process": "0", "enforce_eager": True},
+    "own process": {"own_process": "1", "enforce_eager": True},
+    "own process, compiled": {"own_process": "1", "enforce_eager": False},
 }
 REQUIRES = ("vllm",)
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
 
 def measure(job: Job) -> dict[str, Any]:
-    os.environ.update(ENVIRONMENT)
+    setting = SETTINGS[job.setting]
+    os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING=setting["own_process"])
     from vllm import LLM, SamplingParams
 
     engine = LLM(
@@ -34,7 +35,7 @@ def measure(job: Job) -> dict[str, Any]:
         max_num_seqs=len(job.prompts) * job.answers,
         disable_log_stats=True,
         seed=job.seed,
-        **SETTINGS[job.setting],
+        enforce_eager=setting["enforce_eager"],
     )
     # logprobs=0 is the sampled token's alone; no seed per request, which would turn batched sampling off.
     params = SamplingParams(

@@ -46,8 +46,8 @@ def micro_batches(
     return [torch.tensor(pack) for pack in packs]
 
 
-class Scorer:
-    """Log-probabilities of a batch under a model that is not being trained right now."""
+class Role:
+    """A model as the loop sees it: what it gives to a batch."""
 
     def __init__(self, model: LanguageModel, run: Run) -> None:
         self.model, self.run = model, run
@@ -80,7 +80,7 @@ class Scorer:
         )
 
 
-class Actor(Scorer):
+class Actor(Role):
     """The policy and its optimizer."""
 
     def __init__(self, model: LanguageModel, run: Run) -> None:
@@ -156,7 +156,7 @@ class Actor(Scorer):
             )
 
 
-class Reference(Scorer):
+class Reference(Role):
     """Where the KL term pulls to: a model of its own, or the actor's with its adapter off."""
 
     def __init__(self, model: LanguageModel, run: Run, *, adapter_off: bool) -> None:
