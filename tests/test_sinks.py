@@ -209,4 +209,6 @@ def test_a_long_step_says_how_far_it_is(tmp_path, monkeypatch):
             journal.progress(doing)
             monkeypatch.setattr(sinks, "QUIET_S", 0.0 if doing.startswith("1") else 30.0)
         journal.log(1, {"reward/mean": 0.5})
-    assert "1 of 8" not in plain.getvalue() and "2 of 8" in plain.getvalue() and "3 of 8" not in plain.getvalue()
+    assert (
+        "1 of 8" not in plain.getvalue() and "2 of 8" in plain.getvalue() and "3 of 8" not in plain.getvalue()
+    )

@@ -56,7 +56,9 @@ class ConsoleSink(Sink):
                 TextColumn("{task.fields[doing]}", markup=False, style="dim"),
             )
             self._bar = Progress(*columns, TimeRemainingColumn(compact=True), console=console)
-            self._task = self._bar.add_task("", total=run.steps, completed=self._start[0], figures="", doing="")
+            self._task = self._bar.add_task(
+                "", total=run.steps, completed=self._start[0], figures="", doing=""
+            )
             self._bar.start()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -126,7 +126,9 @@ class Chat:
                 show(stream.feed(token))
 
         with Stop() as stop, suppress(Stopped):
-            self._engine.generate([request], params, poll=lambda answers, tokens: stop.check(), on_token=on_token)
+            self._engine.generate(
+                [request], params, poll=lambda answers, tokens: stop.check(), on_token=on_token
+            )
         show(stream.rest())
         self.say("\n")
         return "".join(pieces)
