@@ -291,6 +291,7 @@ def test_difference_lets_pass_what_may_change_on_resume(tmp_path):
         "steps=7",
         "device=cpu",
         "threads=3",
+        "profile=true",
         "eval.every=3",
         "checkpoint.keep=5",
         "journal.samples=1",
