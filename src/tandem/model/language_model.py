@@ -1,7 +1,7 @@
 """A causal language model: a Transformers module with its tokenizer, fed lines of tokens."""
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -112,7 +112,3 @@ class LanguageModel:
                 f"model.path={self.source}: {type(self.network).__name__} changes its logits after the output head "
                 "(soft-capping or scaling), which is not supported; use a Qwen2, Qwen2.5, Qwen3 or Llama model"
             )
-
-
-def adapter_off(model: LanguageModel, off: bool) -> AbstractContextManager[None]:
-    return model.base() if off else nullcontext()
