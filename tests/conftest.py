@@ -27,6 +27,14 @@ from tandem.train.supervised import demonstrations, supervise, warmup_optimizer
 SHAPE = NewModel(hidden_size=64, layers=2, heads=4, kv_heads=2, max_positions=256)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)

@@ -50,7 +50,9 @@ def both(model, given):
     out = []
     for arguments in (plain, given):
         model.network.zero_grad()
-        logp_BT, entropy_BT = token_logprobs(model, **arguments, temperature=0.7, logits_bytes=2**30)
+        logp_BT, entropy_BT = token_logprobs(
+            model, **arguments, temperature=0.7, logits_bytes=2**30, entropy_gradient=True
+        )
         ((logp_BT + 0.1 * entropy_BT) * weight_BT).sum().backward()
         gradient = {name: p.grad.clone() for name, p in model.network.named_parameters()}
         out.append((logp_BT.detach(), entropy_BT.detach(), gradient))
@@ -117,3 +119,31 @@ def test_packs_keep_groups_together_within_the_budget():
             tokens = sum(heads.values()) + int((length_B - prompt_B)[pack].sum())
             assert tokens <= budget or len(pack) == 1
     assert next(len(p) for p in micro_batches(length_B, 34, prompt_B, group_B)) == 4, "30 + 4 x 1 fit exactly"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_document_masks_give_the_numbers_of_padded_rows(shape):
+    given = batch(*SHAPES[shape])
+    model = random_model()
+    for names in (("tokens_BT", "mask_BT", "length_B"), tuple(given)):
+        arguments = {name: given[name] for name in names}
+        padded, documents = (
+            token_logprobs(model, **arguments, temperature=0.7, logits_bytes=2**30, attention=attention)
+            for attention in ("padded", "documents")
+        )
+        torch.testing.assert_close(documents, padded, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_compiled_document_masks_give_the_gradient_of_padded_rows(shape):
+    given = {name: tensor.cuda() for name, tensor in batch(*SHAPES[shape]).items()}
+    gradients = []
+    for attention in ("padded", "documents"):
+        model = random_model()
+        model.network.cuda()
+        logp_BT, _ = token_logprobs(model, **given, temperature=0.7, logits_bytes=2**30, attention=attention)
+        logp_BT.sum().backward()
+        gradients.append([p.grad for p in model.network.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-3, rtol=1e-2)

@@ -275,7 +275,6 @@ def test_the_generator_of_an_absent_accelerator_is_reported(caplog):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator")
 def test_random_numbers_of_the_accelerator_go_on_from_a_checkpoint():
     device = torch.accelerator.current_accelerator()
     state = checkpoint.rng_state()

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from sampling_truth import SETTINGS, processors
-from tandem.engine import EmbeddedEngine, Request, SamplingParams, decode
+from tandem.engine import EmbeddedEngine, Request, SamplingParams, decode, embedded, steps
+from tandem.engine.cache import Slots
 from tandem.engine.random import key
+from tandem.engine.steps import FixedSteps
 from tandem.errors import RunError
 from tiny_models import (
     FAMILIES,
@@ -72,20 +74,80 @@ def test_equal_keys_give_equal_answers_however_they_are_batched():
 
 def test_slots_are_refilled_and_compacted_on_the_way(monkeypatch):
     """The batches of the test above would prove little if its code paths were never taken."""
-    from tandem.engine import embedded
+    sizes, orders, moves, lane_moves = [], [], [], []
+    keep, keep_lanes, begin = Slots.keep, Slots.keep_lanes, Slots.begin
 
-    sizes, moves = [], []
-    original = embedded.Slots.keep
+    def watched_begin(self, count_B, columns):
+        sizes.append(self.rows)
+        orders.append(self.in_order)
+        return begin(self, count_B, columns)
+
+    monkeypatch.setattr(Slots, "begin", watched_begin)
+    monkeypatch.setattr(Slots, "keep", lambda self, slots, n: (moves.append(slots), keep(self, slots, n))[1])
     monkeypatch.setattr(
-        embedded.Slots, "keep", lambda self, slots: (moves.append(slots), original(self, slots))[1]
+        Slots, "keep_lanes", lambda self, lanes: (lane_moves.append(lanes), keep_lanes(self, lanes))[1]
     )
-    begin = embedded.Slots.begin
-    monkeypatch.setattr(embedded.Slots, "begin", lambda self: (sizes.append(self.active), begin(self))[1])
     requests = [Request(tokens=p, key=key(7, i, a)) for i, p in enumerate(PROMPTS) for a in range(5)]
     params = SamplingParams(max_tokens=40, stop_tokens=STOPS)
     EmbeddedEngine(language_model("qwen3"), 10).generate(requests, params)
     assert max(sizes) == 10 and min(sizes) < 10, "never more than the slots; fewer once none waits"
     assert any(slots != list(range(len(slots))) for slots in moves), "rows moved to another slot"
+    assert any(lanes != list(range(len(lanes))) for lanes in lane_moves), "prompts moved to another lane"
+    assert set(orders) == {True, False}, "rows in the order of their prompts, and not"
+
+
+def test_a_prompt_is_computed_once_for_all_its_answers(monkeypatch):
+    computed = []
+    prefill = embedded._Decode._prefill
+    monkeypatch.setattr(
+        embedded._Decode,
+        "_prefill",
+        lambda self, prompts: (computed.extend(prompts), prefill(self, prompts))[1],
+    )
+    requests = [Request(tokens=p, key=key(7, i, a)) for i, p in enumerate(PROMPTS) for a in range(5)]
+    EmbeddedEngine(language_model(), 4).generate(requests, SamplingParams(max_tokens=20, stop_tokens=STOPS))
+    assert computed == PROMPTS
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]])
+def test_steps_of_fixed_shape_give_the_same_answers(monkeypatch, prompts):
+    """What a CUDA graph replays, without the graph: padded rows, all lanes and seats, columns rounded up."""
+    model, params = language_model("qwen3"), SamplingParams(max_tokens=40, stop_tokens=STOPS, temperature=0.9)
+    requests = [Request(tokens=p, key=key(7, i, a)) for i, p in enumerate(prompts) for a in range(5)]
+    plain = EmbeddedEngine(model, 11).generate(requests, params)
+    monkeypatch.setattr(embedded, "Steps", FixedSteps)
+    monkeypatch.setattr(steps, "COLUMNS", 16)
+    fixed = EmbeddedEngine(model, 11).generate(requests, params)
+    assert [c.tokens for c in fixed] == [c.tokens for c in plain]
+    assert [c.finish for c in fixed] == [c.finish for c in plain]
+    for one, other in zip(fixed, plain):
+        assert one.logp == pytest.approx(other.logp, abs=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("slots", [3, 64])
+def test_captured_steps_give_the_answers_of_plain_ones_and_see_new_weights(slots):
+    model = language_model("qwen3")
+    model.network.to("cuda")
+    params = SamplingParams(max_tokens=40, stop_tokens=STOPS)
+    requests = [Request(tokens=p, key=key(7, i, a)) for i, p in enumerate(PROMPTS) for a in range(5)]
+    engine = EmbeddedEngine(model, slots)
+    assert engine.generate(requests, params) == engine.generate(requests, params)
+    for seed in (0, 1):
+        weights = network("qwen3", seed=seed).state_dict()
+        model.network.load_state_dict(weights)
+        captured = engine.generate(requests, params)
+        plain = EmbeddedEngine(language_model("qwen3", seed=seed), slots).generate(requests, params)
+        same = sum(one.tokens == other.tokens for one, other in zip(captured, plain))
+        assert same >= 0.9 * len(plain), "a draw at the edge between two tokens may differ between devices"
+
+
+def test_a_request_may_have_a_limit_of_its_own():
+    model = chain(script([5, 6, 7, 8], end=END))
+    requests = [Request(tokens=(5,), key=0, max_tokens=n) for n in (1, 3, 9, None)]
+    done = EmbeddedEngine(model, 2).generate(requests, SamplingParams(max_tokens=4))
+    assert [c.tokens for c in done] == [(6,), (6, 7, 8), (6, 7, 8, END), (6, 7, 8, END)]
+    assert [c.finish for c in done] == ["length", "length", "stop", "stop"]
 
 
 def test_seed_changes_samples_and_answers_of_a_group_differ():

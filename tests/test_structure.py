@@ -116,8 +116,14 @@ def test_files_and_functions_are_short_and_honest(file):
             assert node.func.id not in ("eval", "exec"), f"{where}: {node.func.id}"
 
 
+READS_PICKLES = SOURCE / "checkpoint" / "convert" / "torch_file.py"
+"""Reads Megatron's files, tensors only; tests/test_convert_errors.py holds it to that."""
+
+
 def test_no_pickle():
     for file in FILES:
+        if file == READS_PICKLES:
+            continue
         names = {name.split(".")[0] for name in imports(file)}
         assert not names & {"pickle", "cloudpickle", "dill", "marshal", "shelve"}, file
         assert "torch.load" not in file.read_text(encoding="utf-8"), file

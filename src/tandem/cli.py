@@ -325,3 +325,53 @@ def plain_console() -> "Console":
 def main() -> None:
     """Entry point of the `tandem` command."""
     app()
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="Hugging Face folder or Megatron-Core checkpoint.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Folder to write, not there yet.")],
+    to: Annotated[str, typer.Option(help="hf or megatron.")],
+    tensor_parallel: Annotated[int, typer.Option(help="Ranks that share each matrix.")] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(help="Stages that share the layers.")] = 1,
+    virtual_pipeline: Annotated[int, typer.Option(help="Chunks of layers in a stage.")] = 1,
+    layers_per_stage: Annotated[str | None, typer.Option(help="Uneven stages, as 7,9.")] = None,
+    expert_parallel: Annotated[int, typer.Option(help="Ranks that share the experts.")] = 1,
+    pad_vocab_multiple: Annotated[
+        int, typer.Option(help="Pad the vocabulary to a multiple of this times the tensor ranks.")
+    ] = 1,
+    transformer_impl: Annotated[str, typer.Option(help="Names as in local or transformer_engine.")] = "local",
+    grouped_experts: Annotated[
+        bool, typer.Option("--grouped-experts", help="Experts of one grouped layer.")
+    ] = False,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; else as stored.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="PEFT adapter to merge.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Folder with config.json and tokenizer.")] = None,
+    shard_gb: Annotated[float, typer.Option(help="Largest safetensors file.")] = 4.0,
+    debug: Debug = False,
+) -> None:
+    """Convert weights between Hugging Face folders and Megatron-Core checkpoints."""
+    quiet_libraries()
+    from tandem.checkpoint.convert import convert as convert_weights
+
+    written = convert_weights(
+        source,
+        target,
+        to,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        virtual_pipeline=virtual_pipeline,
+        layers_per_stage=layers_per_stage,
+        expert_parallel=expert_parallel,
+        pad_vocab_multiple=pad_vocab_multiple,
+        transformer_impl=transformer_impl,
+        grouped_experts=grouped_experts,
+        dtype=dtype,
+        lora=lora,
+        config=config,
+        shard_gb=shard_gb,
+        say=typer.echo,
+    )
+    typer.echo(f"written: {written}")

@@ -1,8 +1,10 @@
 """The one module that knows device names: pick one, wait for it, ask its memory, set its threads."""
 
 import os
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from tandem.errors import ConfigError
 
@@ -41,6 +43,35 @@ def describe(device: torch.device) -> str:
     if device.type == "cpu":
         return f"cpu, {torch.get_num_threads()} threads"
     return str(torch.get_device_module(device).get_device_name(device))
+
+
+def captures(device: torch.device) -> bool:
+    """Work on the device can be captured once and replayed, which spares the host's part in it."""
+    return device.type == "cuda"
+
+
+Graph = torch.cuda.CUDAGraph
+
+
+def graph_pool() -> tuple[int, int]:
+    """Memory that graphs share which never run at the same time."""
+    return torch.cuda.graph_pool_handle()
+
+
+def capture(step: Callable[[], None], state: Sequence[Tensor], pool: tuple[int, int]) -> Graph:
+    """A graph of the step, which has to run once before; `state` is put back to what it was."""
+    saved = [tensor.clone() for tensor in state]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    for tensor, old in zip(state, saved):
+        tensor.copy_(old)
+    graph = Graph()
+    with torch.cuda.graph(graph, pool=pool):
+        step()
+    return graph
 
 
 def set_threads(threads: int | None) -> int:

@@ -1,7 +1,8 @@
 """The roles that run the model over whole batches: the actor, which learns, and the reference, which does not."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -12,9 +13,12 @@ from tandem.config.sections import Algorithm
 from tandem.errors import RunError
 from tandem.model import LanguageModel, token_logprobs
 from tandem.optimizer import Optimizer
-from tandem.types import Batch, Experience, take, to_device
+from tandem.types import Batch, BatchT, Experience, take, to_device
 
 MIB = 2**20
+
+Forward = Callable[..., tuple[Tensor, Tensor]]
+"""`token_logprobs`, or what a model on many processes has in its place."""
 
 
 def micro_batches(
@@ -46,29 +50,56 @@ def micro_batches(
     return [torch.tensor(pack) for pack in packs]
 
 
+def silenced(batch: BatchT) -> BatchT:
+    """The shortest row with nothing in it to train or to weigh."""
+    row = take(batch, batch.length_B.argmin()[None])
+    zeroed = {}
+    for name in (f.name for f in fields(row) if f.name.endswith("_BT") and f.name != "tokens_BT"):
+        value = getattr(row, name)
+        zeroed[name] = None if value is None else torch.zeros_like(value)
+    return replace(row, **zeroed)
+
+
 class Role:
     """A model as the loop sees it: what it gives to a batch."""
 
-    def __init__(self, model: LanguageModel, run: Run) -> None:
-        self.model, self.run = model, run
+    def __init__(self, model: LanguageModel, run: Run, forward: Forward = token_logprobs) -> None:
+        self.model, self.run, self._forward = model, run, forward
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> Tensor:
         """`logp_BT` at the sampled tokens at the sampling temperature, on the CPU; 0 elsewhere."""
         self.model.module.eval()
         logp_BT = torch.zeros(batch.tokens_BT.shape)
-        for rows in self._micro_batches(batch):
-            part = to_device(take(batch, rows), self.model.device)
+        for rows, part in self._micro_batches(batch):
             part_logp_BT, _ = self._token_logprobs(part)
-            logp_BT[rows, : part_logp_BT.shape[1]] = part_logp_BT.cpu()
-        return logp_BT
+            logp_BT[rows, : part_logp_BT.shape[1]] = part_logp_BT[: len(rows)].cpu()
+        return self.model.mesh.sum(logp_BT)
 
-    def _micro_batches(self, batch: Batch) -> list[Tensor]:
+    def _micro_batches(self, batch: BatchT) -> Iterator[tuple[Tensor, BatchT]]:
+        """This process's rows in packs, each with its part of the batch on the device.
+
+        All processes get equally many, since they compute in step: those with fewer end on packs of no rows, whose
+        part is silenced.
+        """
+        packs = [self._packs(batch, rows) for rows in self.model.mesh.shares(batch)]
+        mine = packs[self.model.mesh.data_rank]
+        idle = max(map(len, packs)) - len(mine)
+        for rows in [*mine, *[torch.empty(0, dtype=torch.long)] * idle]:
+            part = take(batch, rows) if len(rows) else silenced(batch)
+            yield rows, to_device(part, self.model.device)
+
+    def _packs(self, batch: Batch, rows: Tensor) -> list[Tensor]:
         budget = self.run.learner.tokens_per_forward
-        return micro_batches(batch.length_B, budget, batch.prompt_length_B, batch.group_B)
+        length_B, prompt_length_B, group_B = (
+            batch.length_B[rows],
+            batch.prompt_length_B[rows],
+            batch.group_B[rows],
+        )
+        return [rows[pack] for pack in micro_batches(length_B, budget, prompt_length_B, group_B)]
 
     def _token_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return token_logprobs(
+        return self._forward(
             self.model,
             batch.tokens_BT,
             batch.mask_BT,
@@ -77,18 +108,36 @@ class Role:
             group_B=batch.group_B,
             temperature=self.run.sampling.temperature,
             logits_bytes=self.run.learner.logits_mb * MIB,
+            entropy_gradient=self.run.algorithm.entropy > 0,
         )
 
 
 class Actor(Role):
     """The policy and its optimizer."""
 
-    def __init__(self, model: LanguageModel, run: Run) -> None:
-        super().__init__(model, run)
-        self.optimizer = Optimizer(model.trainable(), run.learner.optimizer, run.total_updates)
+    def __init__(
+        self,
+        model: LanguageModel,
+        run: Run,
+        forward: Forward = token_logprobs,
+        *,
+        offload_gradients: bool = False,
+    ) -> None:
+        super().__init__(model, run, forward)
+        self.optimizer = Optimizer(
+            model.trainable(),
+            run.learner.optimizer,
+            run.total_updates,
+            norm=model.gradient_norm,
+            offload_gradients=offload_gradients,
+        )
         self.nonfinite_in_a_row = 0
         if run.learner.checkpointing:
             model.network.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """All weights, whole, by their names in a Hugging Face folder. All processes iterate, in step."""
+        return self.model.weights()
 
     def old_logprobs(self, batch: Batch) -> Tensor | None:
         """The ratio's denominator: None where the ratio is 1, or as `Run.old_logp` says."""
@@ -112,7 +161,7 @@ class Actor(Role):
                 skipped_empty += 1
                 continue
             self.optimizer.zero_grad()
-            sums = self._accumulate(take(part, rows), kl_coef)
+            sums = self.model.mesh.combine(self._accumulate(take(part, rows), kl_coef))
             norm = self.optimizer.gradient_norm()
             if not (norm.isfinite() and torch.isfinite(torch.tensor(sums["loss/total"]))):
                 skipped_nonfinite += 1
@@ -138,11 +187,11 @@ class Actor(Role):
     def _accumulate(self, part: Experience, kl_coef: float) -> dict[str, float]:
         """Gradient of one update, in micro-batches; the loss's weights make their sum independent of the cut."""
         totals: dict[str, float] = {}
-        for rows in self._micro_batches(part):
-            piece = to_device(take(part, rows), self.model.device)
+        for _, piece in self._micro_batches(part):
             logp_BT, entropy_BT = self._token_logprobs(piece)
             loss, sums = policy_loss(logp_BT, entropy_BT, piece, self.run.algorithm, kl_coef)
             loss.backward()
+            self.optimizer.collect()
             add(totals, {name: float(value) for name, value in sums.items()})
         return totals
 
@@ -159,20 +208,19 @@ class Actor(Role):
 class Reference(Role):
     """Where the KL term pulls to: a model of its own, or the actor's with its adapter off."""
 
-    def __init__(self, model: LanguageModel, run: Run, *, adapter_off: bool) -> None:
-        super().__init__(model, run)
+    def __init__(
+        self, model: LanguageModel, run: Run, forward: Forward = token_logprobs, *, adapter_off: bool
+    ) -> None:
+        super().__init__(model, run, forward)
         self.adapter_off = adapter_off
 
     def logprobs(self, batch: Batch) -> Tensor:
         with self.model.base() if self.adapter_off else nullcontext():
             return super().logprobs(batch)
 
-    @torch.no_grad()
     def refresh(self, actor: Actor) -> None:
         """Take over the actor's weights."""
-        ours, theirs = self.model.network.state_dict(), actor.model.network.state_dict()
-        for name, tensor in theirs.items():
-            ours[name].copy_(tensor)
+        self.model.take_over(actor.model)
 
 
 def live_rows(part: Experience, algorithm: Algorithm) -> Tensor:

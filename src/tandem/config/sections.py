@@ -305,8 +305,14 @@ class Learner(Section):
     """Optimizer updates that a step's answers are cut into."""
     epochs_per_step: int = Field(1, gt=0)
     """Passes over a step's answers."""
-    tokens_per_forward: int = Field(4096, gt=0)
-    """Micro-batches hold at most so many tokens; the result does not depend on it."""
+    tokens_per_forward: int = Field(2560, gt=0)
+    """Micro-batches hold at most so many tokens; the result does not depend on it. A CPU is fastest with a few
+    thousand, an accelerator with as many as fit."""
+    attention: Literal["padded", "documents"] = "padded"
+    """How rows of different lengths attend: side by side, padded, with the kernels of PyTorch; or in one line with
+    document masks (FlexAttention), compiled on CUDA. The result is the same."""
+    compile: bool = False
+    """Compile norms and feed-forward blocks (`torch.compile`) for the update. The first update then takes longer."""
     logits_mb: int = Field(1024, gt=0)
     """Logits of a micro-batch above this size are computed in chunks, and again in the backward pass."""
     checkpointing: bool = False

@@ -1,54 +1,30 @@
-"""The embedded engine: it decodes with the very module that is trained, so there are no weights to move.
+"""The embedded engine: it decodes with the very weights that are trained, so there are none to move.
 
-Answers decode in slots. A prompt is computed once for all its answers; a finished answer makes room for the next
-one; when none waits, the slots still in use are moved together. None of this changes a sample: every draw is keyed.
+Answers decode in slots. A prompt is computed once for all its answers and read once per step; a finished answer makes
+room for the next one; when none waits, the slots still in use are moved together. None of this changes a sample:
+every draw is keyed.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tandem.engine.cache import Prefill, Slots
-from tandem.engine.random import keys_tensor, uniforms
-from tandem.engine.sampling import SamplingParams, choose
+from tandem.device import captures, free_bytes
+from tandem.engine.answers import Answers, Completion, Request
+from tandem.engine.cache import Prefill, Room, Slots
+from tandem.engine.sampling import SamplingParams
+from tandem.engine.steps import CapturedSteps, Steps
 from tandem.errors import RunError
 from tandem.model import LanguageModel
+from tandem.model.fused import sampling_forward
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """One answer to sample. Requests with equal `tokens` share the computation of their prompt."""
-
-    tokens: tuple[int, ...]
-    key: int
-    """Key of its random numbers: equal keys give equal answers."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """The answer to a request; `logp` and `policy_logp` as in `Rollout`, one per token."""
-
-    tokens: tuple[int, ...]
-    logp: tuple[float, ...]
-    policy_logp: tuple[float, ...]
-    finish: str
-
-
-@dataclass(slots=True, kw_only=True)
-class _Row:
-    """An answer in the making."""
-
-    index: int
-    request: Request
-    uniform: Tensor
-    tokens: list[int] = field(default_factory=list)
-    logp: list[float] = field(default_factory=list)
-    policy_logp: list[float] = field(default_factory=list)
-    finish: str | None = None
+Prompt = tuple[int, ...]
+Poll = Callable[[int, int], None]
+OnToken = Callable[[int, int], None]
 
 
 class EmbeddedEngine:
@@ -58,6 +34,7 @@ class EmbeddedEngine:
         self.model = model
         self.slots = slots
         self.tokens_per_prefill = tokens_per_prefill
+        self._held: tuple[Slots, dict[tuple[SamplingParams, frozenset[int]], Steps]] | None = None
 
     @torch.inference_mode()
     def generate(
@@ -65,195 +42,235 @@ class EmbeddedEngine:
         requests: Sequence[Request],
         params: SamplingParams,
         *,
-        poll: Callable[[int, int], None] = lambda answers, tokens: None,
-        on_token: Callable[[int, int], None] = lambda index, token: None,
+        poll: Poll = lambda answers, tokens: None,
+        on_token: OnToken | None = None,
     ) -> list[Completion]:
         """One completion per request, in order.
 
         `poll(answers done, tokens so far)` is called between tokens and may raise to abandon the work;
-        `on_token(index, token)` sees each token
-        as it is chosen.
+        `on_token(index, token)` sees each token as it is chosen.
         """
         if not requests:
             return []
         self.model.module.eval()
-        return _Decode(self, requests, params, on_token).run(poll)
+        room = room_for(requests, params, self.slots, self.model)
+        return _Decode(self, requests, self._steps(room, params), on_token).run(poll)
+
+    def release(self) -> None:
+        """Give back the memory held for the next call; on the CPU none is held."""
+        self._held = None
+
+    def _steps(self, room: Room, params: SamplingParams) -> Steps:
+        """With a cache that holds `room`; captured steps are kept for calls that sample alike."""
+        model, stop_tokens = self.model, self.model.stop_tokens | params.stop_tokens
+        forward = sampling_forward(model, room.prompt_columns + room.answer_columns)
+        if not captures(model.device):
+            return Steps(model, forward, cache(room, model), answers(room, params, stop_tokens, model))
+        known_room = room if self._held is None else room.joined(self._held[0].room)
+        if self._held is None or self._held[0].room != known_room:
+            self._held = None  # before the larger one is made
+            self._held = (cache(known_room, model), {})
+        slots, known = self._held
+        if (params, stop_tokens) not in known:
+            fresh = answers(slots.room, params, stop_tokens, model)
+            known[params, stop_tokens] = CapturedSteps(model, forward, slots, fresh)
+        return known[params, stop_tokens]
+
+
+def cache(room: Room, model: LanguageModel) -> Slots:
+    return Slots(room, model.layers, model.key_heads, model.head_dim, model.embedding)
+
+
+def answers(room: Room, params: SamplingParams, stop_tokens: frozenset[int], model: LanguageModel) -> Answers:
+    return Answers(room.slots, params, stop_tokens, model.vocab_size, model.device)
+
+
+def room_for(requests: Sequence[Request], params: SamplingParams, slots: int, model: LanguageModel) -> Room:
+    """What the requests need, in as many slots as are asked for and fit the device's free memory."""
+    longest = max(len(r.tokens) for r in requests)
+    limit = max(min(r.max_tokens or params.max_tokens, params.max_tokens) for r in requests)
+    if longest + limit > model.max_positions:
+        raise RunError(
+            f"prompt and answer take up to {longest + limit} tokens, above the model's limit of "
+            f"{model.max_positions}; lower data.max_prompt_tokens or sampling.max_answer_tokens"
+        )
+    count_P = Counter(r.tokens for r in requests)
+    width = min(slots, len(requests))
+    free = free_bytes(model.device)
+    if free is not None:
+        word = model.embedding.element_size()
+        column = 2 * model.layers * model.key_heads * model.head_dim * word
+        width = max(1, min(width, int(FREE_SHARE * free) // (column * (longest + limit))))
+    return Room(
+        slots=width,
+        answer_columns=limit,
+        lanes=min(width, len(count_P)),
+        prompt_columns=longest,
+        seats=min(width, max(count_P.values())),
+    )
+
+
+FREE_SHARE = 0.8
+"""Of the accelerator's free memory, what the cache may take."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Row:
+    """An answer in the making."""
+
+    index: int
+    request: Request
+    born: int
+    """Steps taken before its first token."""
 
 
 class _Decode:
-    """One call of `generate`: its slots, the requests that wait, and the answers done."""
+    """One call of `generate`: the requests that wait, the answers in slots, and those done."""
 
     def __init__(
-        self,
-        engine: EmbeddedEngine,
-        requests: Sequence[Request],
-        params: SamplingParams,
-        on_token: Callable[[int, int], None],
+        self, engine: EmbeddedEngine, requests: Sequence[Request], steps: Steps, on_token: OnToken | None
     ) -> None:
-        self.engine, self.model, self.params, self.on_token = engine, engine.model, params, on_token
-        self.stop_tokens = self.model.stop_tokens | params.stop_tokens
+        self.model, self.steps, self.on_token = engine.model, steps, on_token
+        self.slots, self.answers, self.params = steps.slots, steps.answers, steps.answers.params
+        self.tokens_per_prefill = engine.tokens_per_prefill
+        self.width = min(engine.slots, self.slots.room.slots, len(requests))
         self.waiting = deque(enumerate(requests))
+        self.pending = Counter(r.tokens for r in requests)
+        self.lanes: list[Prompt] = []
+        self.first_logits: dict[Prompt, Tensor] = {}
         self.rows: list[_Row] = []
+        self.done_B: list[bool] = []
         self.done: list[Completion | None] = [None] * len(requests)
-        self.prompts = _Prompts(self.model, requests, engine.tokens_per_prefill)
-        longest = max(len(r.tokens) for r in requests) + params.max_tokens
-        if longest > self.model.max_positions:
-            raise RunError(
-                f"prompt and answer take up to {longest} tokens, above the model's limit of "
-                f"{self.model.max_positions}; lower data.max_prompt_tokens or sampling.max_answer_tokens"
-            )
-        self.width = min(engine.slots, len(requests))
-        self.finished = self.tokens = 0
-        self.cache: Slots | None = None
-        self.columns = longest
+        self.answers.keep([])
+        self.clock = self.finished = self.tokens = 0
+        # Whoever must see every token as it comes keeps the answers' tokens on the host.
+        self.watched: dict[int, list[int]] | None = {} if on_token or self.params.stop else None
 
-    def run(self, poll: Callable[[int, int], None]) -> list[Completion]:
+    def run(self, poll: Poll) -> list[Completion]:
         while self.rows or self.waiting:
-            poll(self.finished, self.tokens)
+            poll(self.finished + sum(self.done_B), self.tokens)
             self._make_room()
-            if self.rows:
-                self._step()
+            for _ in range(1 if self.watched is not None else self.steps.look_every):
+                if self.rows:
+                    self._step()
+            self._look()
         return [c for c in self.done if c is not None]
 
     def _make_room(self) -> None:
         """Refill freed slots; with none waiting, move the rows together once a quarter of the slots is idle."""
-        live = [i for i, row in enumerate(self.rows) if row.finish is None]
+        live = [i for i, done in enumerate(self.done_B) if not done]
         free = self.width - len(live)
-        refill = self.waiting and (free >= max(1, self.width // 8) or not live)
+        refill = min(free, len(self.waiting)) if free >= max(1, self.width // 8) or not live else 0
         if not refill and len(live) > 0.75 * len(self.rows):
             return
         if len(live) < len(self.rows):
-            self.rows = [self.rows[i] for i in live]
-            if self.cache is not None:
-                self.cache.keep(live)
+            self._drop_done(live)
+        self._keep_lanes(refill)
         if refill:
-            self._admit(min(free, len(self.waiting)))
+            self._admit(refill)
+        if self.rows:
+            lane_of = {prompt: lane for lane, prompt in enumerate(self.lanes)}
+            self.steps.seat([lane_of[row.request.tokens] for row in self.rows])
+
+    def _drop_done(self, live: list[int]) -> None:
+        gone = [i for i, done in enumerate(self.done_B) if done]
+        for i, completion in zip(gone, self.answers.read(gone)):
+            self.done[self.rows[i].index] = completion
+        self.finished += len(gone)
+        columns = self._columns()
+        self.rows = [self.rows[i] for i in live]
+        self.done_B = [False] * len(live)
+        self.slots.keep(live, columns)
+        self.answers.keep(live)
+
+    def _keep_lanes(self, arriving: int) -> None:
+        """Prompts of rows stay, and those that waiting requests want as long as `arriving` new ones have a lane."""
+        used = {row.request.tokens for row in self.rows}
+        spare = self.slots.room.lanes - len(used) - arriving
+        wanted = [p for p in self.lanes if p not in used and self.pending[p]]
+        kept = used.union(wanted[: max(0, spare)])
+        self.slots.keep_lanes([lane for lane, prompt in enumerate(self.lanes) if prompt in kept])
+        self.lanes = [prompt for prompt in self.lanes if prompt in kept]
 
     def _admit(self, count: int) -> None:
         """Start waiting requests: prompts are computed where they were not yet, their first tokens drawn."""
         admitted = [self.waiting.popleft() for _ in range(count)]
-        self.prompts.compute([request for _, request in admitted])
-        keys = keys_tensor([request.key for _, request in admitted], self.model.device)
-        uniform_BT = uniforms(keys, self.params.max_tokens)
-        new = [_Row(index=i, request=r, uniform=u) for (i, r), u in zip(admitted, uniform_BT)]
+        requests = [request for _, request in admitted]
+        self._compute(list(dict.fromkeys(r.tokens for r in requests if r.tokens not in self.lanes)))
         first = len(self.rows)
-        logits = []
-        for slot, row in enumerate(new, start=first):
-            keys, values, logits_V = self.prompts.take(row.request)
-            if self.cache is None:
-                _, heads, dim = keys[0].shape
-                self.cache = Slots(self.model.layers, self.width, heads, self.columns, dim, keys[0])
-            self.cache.put(slot, keys, values)
-            logits.append(logits_V)
-        assert self.cache is not None
-        self.rows.extend(new)
-        self.cache.active = len(self.rows)
-        self._choose(new, torch.stack(logits))
+        self.answers.start(first, requests)
+        self.rows += [_Row(index=i, request=r, born=self.clock) for i, r in admitted]
+        logits_BV = torch.stack([self.first_logits[r.tokens] for r in requests])
+        self.answers.add(slice(first, first + count), logits_BV)
+        self.done_B += [False] * count
+        self.pending.subtract(r.tokens for r in requests)
+        self.first_logits = {p: logits for p, logits in self.first_logits.items() if self.pending[p]}
+        self._seen(first)
+        self._look()
+
+    def _compute(self, prompts: list[Prompt]) -> None:
+        """Put prompts into lanes, in packs of at most the token budget."""
+        pack: list[Prompt] = []
+        for prompt in prompts:
+            if pack and sum(map(len, pack)) + len(prompt) > self.tokens_per_prefill:
+                self._prefill(pack)
+                pack = []
+            pack.append(prompt)
+        if pack:
+            self._prefill(pack)
+
+    def _prefill(self, prompts: list[Prompt]) -> None:
+        device = self.model.device
+        lane_P = torch.arange(len(self.lanes), len(self.lanes) + len(prompts), device=device)
+        length_P = torch.tensor([len(p) for p in prompts], device=device)
+        self.slots.prompt_length_P[lane_P] = length_P
+        layout = Prefill(length_P, self.slots, lane_P)
+        line_N = torch.tensor([t for p in prompts for t in p], device=device)
+        hidden_NH = self.steps.forward(line_N, layout.position_N, layout)
+        logits_PV = self.model.logits(hidden_NH[layout.end_B - 1])
+        self.first_logits.update(zip(prompts, logits_PV))
+        self.lanes += prompts
+
+    def _columns(self) -> int:
+        """No row has more tokens than this."""
+        oldest = min(row.born for row in self.rows)
+        return min(self.clock - oldest + 1, self.slots.room.answer_columns)
 
     def _step(self) -> None:
-        """One token for every row; a row that has finished idles until its slot is taken."""
-        assert self.cache is not None
-        if all(row.finish is not None for row in self.rows):
+        self.steps.take(self._columns())
+        self.clock += 1
+        self.tokens += len(self.rows) - sum(self.done_B)
+        self._seen(0)
+
+    def _look(self) -> None:
+        """Ask which rows are done."""
+        self.done_B = self.answers.done_B[: len(self.rows)].tolist()
+
+    def _seen(self, first: int) -> None:
+        """Show each new token of the rows from number `first` on; end the answers that have a stop text now."""
+        if self.watched is None:
             return
-        tokens_B = torch.tensor([row.tokens[-1] for row in self.rows], device=self.model.device)
-        position_B = self.cache.begin()
-        hidden_BH = self.model.hidden(tokens_B, position_B, self.cache)
-        self._choose(self.rows, self.model.logits(hidden_BH))
-
-    def _choose(self, rows: list[_Row], logits_BV: Tensor) -> None:
-        params = self.params
-        uniform_B = torch.stack([row.uniform[min(len(row.tokens), params.max_tokens - 1)] for row in rows])
-        held_BV = self._held_back(rows, logits_BV)
-        seen_BV = self._seen(rows, logits_BV) if params.repetition_penalty != 1 else None
-        token_B, logp_B, policy_logp_B = choose(logits_BV, uniform_B, params, held_BV, seen_BV)
-        columns = zip(rows, token_B.tolist(), logp_B.tolist(), policy_logp_B.tolist())
-        for row, token, logp, policy_logp in columns:
-            if row.finish is not None:
+        stopped = []
+        for slot, token in enumerate(self.answers.token_B[first : len(self.rows)].tolist(), first):
+            if self.done_B[slot]:
                 continue
-            self.tokens += 1
-            row.tokens.append(token)
-            row.logp.append(logp)
-            row.policy_logp.append(policy_logp)
-            self.on_token(row.index, token)
-            row.finish = self._finish(row)
-            if row.finish is not None:
-                self.finished += 1
-                self.done[row.index] = Completion(
-                    tokens=tuple(row.tokens),
-                    logp=tuple(row.logp),
-                    policy_logp=tuple(row.policy_logp),
-                    finish=row.finish,
-                )
+            row = self.rows[slot]
+            tokens = self.watched.setdefault(row.index, [])
+            tokens.append(token)
+            if self.on_token is not None:
+                self.on_token(row.index, token)
+            if self._has_stop_text(tokens):
+                stopped.append(slot)
+        if stopped:
+            self.answers.stop(stopped)
 
-    def _finish(self, row: _Row) -> str | None:
-        if row.tokens[-1] in self.stop_tokens:
-            return "stop"
-        if self.params.stop and len(row.tokens) >= self.params.min_tokens:
-            # A stop text of n bytes lies within the last n + 1 tokens: a token may hold no more than one byte.
-            longest = max(len(stop.encode()) for stop in self.params.stop)
-            tail = decode(self.model.tokenizer, row.tokens[-longest - 1 :])
-            if any(stop in tail for stop in self.params.stop):
-                return "stop"
-        return "length" if len(row.tokens) >= self.params.max_tokens else None
-
-    def _held_back(self, rows: list[_Row], logits_BV: Tensor) -> Tensor | None:
-        short = [i for i, row in enumerate(rows) if len(row.tokens) < self.params.min_tokens]
-        if not short:
-            return None
-        held_BV = torch.zeros(logits_BV.shape, dtype=torch.bool, device=logits_BV.device)
-        known = [token for token in self.stop_tokens if token < logits_BV.shape[-1]]
-        ends = torch.tensor(known, dtype=torch.long, device=logits_BV.device)
-        held_BV[torch.tensor(short, device=logits_BV.device)[:, None], ends] = True
-        return held_BV
-
-    def _seen(self, rows: list[_Row], logits_BV: Tensor) -> Tensor:
-        seen_BV = torch.zeros(logits_BV.shape, dtype=torch.bool, device=logits_BV.device)
-        for mask_V, row in zip(seen_BV, rows):
-            mask_V[torch.tensor((*row.request.tokens, *row.tokens), device=mask_V.device)] = True
-        return seen_BV
-
-
-class _Prompts:
-    """Keys, values and next-token logits of prompts, computed once and held until their last answer has started."""
-
-    def __init__(self, model: LanguageModel, requests: Sequence[Request], tokens_per_prefill: int) -> None:
-        self.model, self.budget = model, tokens_per_prefill
-        self.pending: dict[tuple[int, ...], int] = {}
-        for request in requests:
-            self.pending[request.tokens] = self.pending.get(request.tokens, 0) + 1
-        self.ready: dict[tuple[int, ...], tuple[list[Tensor], list[Tensor], Tensor]] = {}
-
-    def compute(self, needed: list[Request]) -> None:
-        """Prefill the prompts of `needed` that are not ready, in packs of at most the token budget."""
-        prompts = list(dict.fromkeys(r.tokens for r in needed if r.tokens not in self.ready))
-        start = 0
-        while start < len(prompts):
-            end, total = start, 0
-            while end < len(prompts) and (end == start or total + len(prompts[end]) <= self.budget):
-                total += len(prompts[end])
-                end += 1
-            self._prefill(prompts[start:end])
-            start = end
-
-    def _prefill(self, prompts: list[tuple[int, ...]]) -> None:
-        device = self.model.device
-        length_B = torch.tensor([len(p) for p in prompts], device=device)
-        rows = Prefill(length_B)
-        line_N = torch.tensor([t for p in prompts for t in p], device=device)
-        hidden_NH = self.model.hidden(line_N, rows.position_N, rows)
-        logits_BV = self.model.logits(hidden_NH[rows.end_B - 1])
-        for i, (prompt, end) in enumerate(zip(prompts, rows.end_B.tolist())):
-            cut = slice(end - len(prompt), end)
-            keys = [layer[cut] for layer in rows.keys]
-            values = [layer[cut] for layer in rows.values]
-            self.ready[prompt] = (keys, values, logits_BV[i])
-
-    def take(self, request: Request) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        state = self.ready[request.tokens]
-        self.pending[request.tokens] -= 1
-        if not self.pending[request.tokens]:
-            del self.ready[request.tokens]
-        return state
+    def _has_stop_text(self, tokens: list[int]) -> bool:
+        if not self.params.stop or len(tokens) < self.params.min_tokens:
+            return False
+        # A stop text of n bytes lies within the last n + 1 tokens: a token may hold no more than one byte.
+        longest = max(len(stop.encode()) for stop in self.params.stop)
+        tail = decode(self.model.tokenizer, tokens[-longest - 1 :])
+        return any(stop in tail for stop in self.params.stop)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:

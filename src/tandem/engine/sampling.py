@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,19 +39,22 @@ def choose(
     The policy is softmax(logits / temperature), for greedy softmax(logits); the distribution drawn from is that
     after the repetition penalty (`seen_BV`), held-back end tokens (`held_back_BV`) and truncation.
     """
-    temperature = params.temperature or 1.0
-    policy_BV = (logits_BV / temperature).log_softmax(-1)
-    drawn_BV = policy_BV
-    if seen_BV is not None or held_back_BV is not None or params.truncates:
-        changed_BV = logits_BV
-        if seen_BV is not None:
-            changed_BV = torch.where(seen_BV, _penalize(changed_BV, params.repetition_penalty), changed_BV)
-        if held_back_BV is not None:
-            changed_BV = changed_BV.masked_fill(held_back_BV, float("-inf"))
-        drawn_BV = truncate((changed_BV / temperature).log_softmax(-1), params)
+    scaled_BV = logits_BV if params.temperature in (0, 1) else logits_BV / params.temperature
+    if seen_BV is None and held_back_BV is None and not params.truncates:
+        probability_BV = scaled_BV.softmax(-1)
+        token_B = scaled_BV.argmax(-1) if params.temperature == 0 else inverse_cdf(probability_BV, uniform_B)
+        logp_B = probability_BV.gather(-1, token_B[:, None]).squeeze(-1).log()
+        return token_B, logp_B, logp_B
+    changed_BV = logits_BV
+    if seen_BV is not None:
+        changed_BV = torch.where(seen_BV, _penalize(changed_BV, params.repetition_penalty), changed_BV)
+    if held_back_BV is not None:
+        changed_BV = changed_BV.masked_fill(held_back_BV, float("-inf"))
+    drawn_BV = truncate((changed_BV / (params.temperature or 1.0)).log_softmax(-1), params)
     token_B = drawn_BV.argmax(-1) if params.temperature == 0 else inverse_cdf(drawn_BV.exp(), uniform_B)
     pick_B1 = token_B[:, None]
-    return token_B, drawn_BV.gather(-1, pick_B1).squeeze(-1), policy_BV.gather(-1, pick_B1).squeeze(-1)
+    policy_B = scaled_BV.log_softmax(-1).gather(-1, pick_B1).squeeze(-1)
+    return token_B, drawn_BV.gather(-1, pick_B1).squeeze(-1), policy_B
 
 
 def truncate(logp_BV: Tensor, params: SamplingParams) -> Tensor:
@@ -73,10 +77,25 @@ def truncate(logp_BV: Tensor, params: SamplingParams) -> Tensor:
 
 
 def inverse_cdf(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """The entry whose cumulative probability first exceeds uniform x total; one number per row is enough."""
-    cumulative_BV = probability_BV.cumsum(-1)
-    threshold_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
-    return torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(-1)
+    """The entry whose cumulative probability first exceeds uniform x total; one number per row is enough.
+
+    First the block of entries is found, then the entry in it: a running sum over all of them would be a long chain.
+    """
+    rows, short = len(probability_BV), -probability_BV.shape[-1] % BLOCK
+    blocks_BNK = pad(probability_BV, (0, short)).view(rows, -1, BLOCK)
+    cumulative_BN = blocks_BNK.sum(-1).cumsum(-1)
+    threshold_B1 = uniform_B[:, None] * cumulative_BN[:, -1:]
+    block_B1 = torch.searchsorted(cumulative_BN, threshold_B1, right=True)
+    before_B1 = cumulative_BN.gather(1, (block_B1 - 1).clamp(min=0)).masked_fill(block_B1 == 0, 0)
+    inside_BK = blocks_BNK.gather(1, block_B1[:, :, None].expand(-1, 1, BLOCK)).squeeze(1).cumsum(-1)
+    # The block's own sum may be rounded below the threshold: its last entry of any probability is then meant.
+    last_B1 = torch.searchsorted(inside_BK, inside_BK[:, -1:].contiguous())
+    entry_B1 = torch.searchsorted(inside_BK, threshold_B1 - before_B1, right=True).minimum(last_B1)
+    return (block_B1 * BLOCK + entry_B1).squeeze(1)
+
+
+BLOCK = 64
+"""Entries that are searched at once."""
 
 
 def _penalize(logits_BV: Tensor, penalty: float) -> Tensor:

@@ -35,6 +35,7 @@ class Rows:
         self.padless = bool(self.real_BT.all())
         self.shape = (rows, longest)
         self.position_N = column_T.expand(rows, longest)[self.real_BT]
+        self.row_N = torch.arange(rows, device=length_B.device).repeat_interleave(length_B)
         self.end_B = length_B.cumsum(0)
         self.previous_N = torch.arange(int(self.end_B[-1]), device=length_B.device) - 1
         """Where in the line the token before each token is; meaningless at the first of a row."""

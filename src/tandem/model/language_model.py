@@ -1,6 +1,7 @@
 """A causal language model: a Transformers module with its tokenizer, fed lines of tokens."""
 
 import sys
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -11,10 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tandem.errors import ConfigError
 from tandem.model.attention import Layout, Rows
+from tandem.model.parallel.mesh import ALONE, Mesh, norm_of
 
 
 class LanguageModel:
     """`module` is what trains and what decodes; sampler and trainer hold this same object."""
+
+    mesh: Mesh = ALONE
+    """The processes that the model lies on."""
 
     def __init__(
         self, module: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, source: str
@@ -24,12 +29,18 @@ class LanguageModel:
         self.source = source
         """Where the weights came from, for messages."""
         self.network: PreTrainedModel = module.get_base_model() if isinstance(module, PeftModel) else module
-        self._decoder: nn.Module = self.network.get_decoder()
+        self.decoder: nn.Module = self.network.get_decoder()
+        """The layers between embedding and output head, with both norms but without the head."""
         self._head: nn.Module = self.network.get_output_embeddings()
 
     @property
     def device(self) -> torch.device:
         return self.network.device
+
+    @property
+    def embedding(self) -> Tensor:
+        """[V, hidden]"""
+        return self.network.get_input_embeddings().weight
 
     @property
     def vocab_size(self) -> int:
@@ -38,6 +49,16 @@ class LanguageModel:
     @property
     def layers(self) -> int:
         return int(self.network.config.num_hidden_layers)
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return int(self.network.config.num_key_value_heads)
+
+    @property
+    def head_dim(self) -> int:
+        config = self.network.config
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
     @property
     def max_positions(self) -> int:
@@ -54,7 +75,7 @@ class LanguageModel:
 
     def hidden(self, tokens_N: Tensor, position_N: Tensor, layout: Layout) -> Tensor:
         """[N, hidden] after the last layer, for a line of tokens."""
-        out = self._decoder(
+        out = self.decoder(
             input_ids=tokens_N[None], position_ids=position_N[None], use_cache=False, layout=layout
         )
         return out.last_hidden_state[0]
@@ -70,6 +91,44 @@ class LanguageModel:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def gradient_norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """2-norm over all gradients, by name, in float32; 0 where there is none."""
+        return norm_of(gradients)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight, whole, by the name it has in a Hugging Face folder; adapters merged in, tied ones once.
+
+        Where the model lies on several processes all of them iterate, in step.
+        """
+        named = dict(self.module.named_parameters())
+        for name, weight in named.items():
+            if ".lora_" in name:
+                continue
+            whole = self.whole(name, weight).detach()
+            stem, base, leaf = name.rpartition(".base_layer.")
+            if base and leaf == "weight" and f"{stem}.lora_A.default.weight" in named:
+                a, b = (f"{stem}.lora_{x}.default.weight" for x in "AB")
+                scale = self.module.get_submodule(stem).scaling["default"]
+                change = self.whole(b, named[b]).detach() @ self.whole(a, named[a]).detach()
+                whole = whole + (change * scale).to(whole.dtype)
+            yield self.hf_name(name), whole
+
+    def hf_name(self, name: str) -> str:
+        """The name in a Hugging Face folder of a parameter of `module`."""
+        prefix = "base_model.model." if isinstance(self.module, PeftModel) else ""
+        return name.removeprefix(prefix).replace(".base_layer.", ".")
+
+    def whole(self, name: str, weight: Tensor) -> Tensor:
+        """All of the parameter of this name."""
+        return weight
+
+    @torch.no_grad()
+    def take_over(self, other: "LanguageModel") -> None:
+        """Copy the weights of a model of the same shape."""
+        ours, theirs = self.network.state_dict(), other.network.state_dict()
+        for name, tensor in theirs.items():
+            ours[name].copy_(tensor)
 
     def save(self, folder: Path) -> None:
         """Weights, config and tokenizer as a Hugging Face folder; of a model with adapter, the adapter's folder."""
@@ -108,7 +167,12 @@ class LanguageModel:
         # Small logits pass a cap almost unchanged, so that comparing values would not show it.
         capped = getattr(self.network.config, "final_logit_softcapping", None) is not None
         if capped or not torch.allclose(ours_NV, theirs_NV, atol=1e-4, rtol=1e-4):
-            raise ConfigError(
-                f"model.path={self.source}: {type(self.network).__name__} changes its logits after the output head "
-                "(soft-capping or scaling), which is not supported; use a Qwen2, Qwen2.5, Qwen3 or Llama model"
-            )
+            raise ConfigError(self.changes_logits)
+
+    @property
+    def changes_logits(self) -> str:
+        """The error of a model that `check_forward` refuses."""
+        return (
+            f"model.path={self.source}: {type(self.network).__name__} changes its logits after the output head "
+            "(soft-capping or scaling), which is not supported; use a Qwen2, Qwen2.5, Qwen3 or Llama model"
+        )

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tandem.model.attention import lay
+from tandem.model.flex import Documents
 from tandem.model.language_model import LanguageModel
 
 
@@ -20,22 +21,29 @@ def token_logprobs(
     group_B: Tensor | None = None,
     temperature: float,
     logits_bytes: int,
+    entropy_gradient: bool = False,
+    attention: str = "padded",
 ) -> tuple[Tensor, Tensor]:
     """`logp_BT` and `entropy_BT` (nats) at the masked tokens, 0 elsewhere, of softmax(logits / temperature).
 
+    The entropy is a figure for the journal unless `entropy_gradient` says that a loss depends on it.
     Rows of one group share their first `prompt_length_B` tokens; given both, each prompt is computed once.
     The output head runs only where a masked token is predicted; above `logits_bytes` of logits it runs in chunks
     whose logits are computed again in the backward pass.
     """
     assert not mask_BT[:, 0].any(), "the first token of a row has no prediction"
-    layout = lay(length_B, prompt_length_B, group_B)
+    padded = lay(length_B, prompt_length_B, group_B)
+    layout = Documents(padded) if attention == "documents" else padded
     line_N, masked_N = layout.line(tokens_BT), layout.line(mask_BT)
     hidden_NH = model.hidden(line_N, layout.position_N, layout)
     chosen_M = line_N[masked_N]
     hidden_MH = hidden_NH.index_select(0, layout.previous_N[masked_N])
 
     def head(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        return chosen_logprobs(model.logits(hidden) / temperature, chosen)
+        logits_MV = model.logits(hidden)
+        return chosen_logprobs(
+            logits_MV if temperature == 1 else logits_MV / temperature, chosen, entropy_gradient
+        )
 
     size = max(1, logits_bytes // (4 * model.vocab_size))
     if len(chosen_M) <= size:
@@ -50,10 +58,13 @@ def token_logprobs(
     return empty_BT.masked_scatter(mask_BT, logp_M), empty_BT.masked_scatter(mask_BT, entropy_M)
 
 
-def chosen_logprobs(logits_MV: Tensor, chosen_M: Tensor) -> tuple[Tensor, Tensor]:
+def chosen_logprobs(
+    logits_MV: Tensor, chosen_M: Tensor, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probability of the chosen entry of each row, and the row's entropy in nats."""
     logp_MV = logits_MV.log_softmax(-1)
-    entropy_M = -(logp_MV.exp() * logp_MV).sum(-1)
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        entropy_M = -torch.linalg.vecdot(logp_MV.exp(), logp_MV)
     return logp_MV.gather(-1, chosen_M[:, None]).squeeze(-1), entropy_M
 
 

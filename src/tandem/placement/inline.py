@@ -17,6 +17,7 @@ from tandem.engine import EmbeddedEngine, SamplingParams
 from tandem.errors import ConfigError
 from tandem.learner import Actor, Reference
 from tandem.model import LanguageModel, load_frozen
+from tandem.model.compiled import compile_blocks
 from tandem.rewards.scorer import Scorer
 from tandem.rewards.watch import FailureWatch
 from tandem.rollout import Sampler, Stream
@@ -45,6 +46,8 @@ def build(
 ) -> Roles:
     """The roles of a run around a loaded policy. `reference_folder` holds the reference of a resumed run."""
     engine = EmbeddedEngine(model, run.sampling.slots, run.learner.tokens_per_forward)
+    if run.learner.compile:
+        compile_blocks(model)
     params = sampling_params(run, prompts.template)
     sampler = Sampler(engine, scorer, model.tokenizer, run, params, model.stop_tokens | params.stop_tokens)
     kl = run.algorithm.kl

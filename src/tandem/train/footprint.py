@@ -133,12 +133,12 @@ def memory(run: Run, shape: Shape, longest_prompt: int, reference: Shape | None)
 
 
 def sampling(run: Run, shape: Shape, longest_prompt: int, word: int) -> dict[str, int]:
-    """The engine: its slots, the prompts that wait for them, and the choice of a token."""
+    """The engine: answers in slots, each prompt once, and the choice of a token."""
     s, evaluates = run.sampling, run.data.eval is not None and run.eval.every is not None
     requests = max(run.rollouts_per_step, run.eval.questions * run.eval.answers if evaluates else 0)
     slots = min(s.slots, requests)
     prompts = min(slots, max(s.prompts_per_step, run.eval.questions if evaluates else 0))
-    tokens = slots * (longest_prompt + s.max_answer_tokens) + prompts * longest_prompt
+    tokens = slots * s.max_answer_tokens + prompts * longest_prompt
     truncates = s.top_k > 0 or s.top_p < 1 or s.min_p > 0
     copies = TRUNCATED_COPIES if truncates else SAMPLED_COPIES
     return {

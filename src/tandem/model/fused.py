@@ -1,0 +1,149 @@
+"""The decoder of Qwen2, Qwen3 and Llama written out for sampling: few operations, on the model's own weights.
+
+Weights that read the same input lie side by side in one storage, each a parameter of its own as before; so one
+product does the work of three, and an optimizer that changes them in place changes nothing else.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, rms_norm
+from transformers import LlamaModel, Qwen2Model, Qwen3Model
+
+from tandem.model.attention import Layout
+from tandem.model.language_model import LanguageModel
+
+FUSED = (Qwen2Model, Qwen3Model, LlamaModel)
+ROTATIONS = ("default", "linear", "llama3")
+"""Rotary embeddings whose angles depend on the position alone."""
+
+Forward = Callable[[Tensor, Tensor, Layout], Tensor]
+"""(tokens_N, position_N, layout) -> [N, hidden], as `LanguageModel.hidden`."""
+
+
+def sampling_forward(model: LanguageModel, positions: int) -> Forward:
+    """The fastest forward without gradient for rows of at most `positions` tokens; the model's own if unknown."""
+    decoder = model.decoder
+    if not isinstance(decoder, FUSED) or decoder.rotary_emb.rope_type not in ROTATIONS:
+        return model.hidden
+    return Fused(decoder, positions)
+
+
+class Fused:
+    """A decoder's layers with joined projections; adapters run as they are."""
+
+    def __init__(self, decoder: Qwen2Model | Qwen3Model | LlamaModel, positions: int) -> None:
+        self.decoder = decoder
+        self.layers = [_Layer(layer, isinstance(decoder, Qwen3Model)) for layer in decoder.layers]
+        embedding = decoder.embed_tokens.weight
+        place_T = torch.arange(positions, device=embedding.device)
+        cos_1TD, sin_1TD = decoder.rotary_emb(embedding[:1, None], place_T[None])
+        half = cos_1TD.shape[-1] // 2
+        # The rotation of (x1, x2) is (x1, x2) cos + (-x2, x1) sin: the sign is put into the sine.
+        sign_D = torch.ones_like(sin_1TD[0, 0]).index_fill_(0, torch.arange(half, device=sin_1TD.device), -1)
+        self._cos_T1D, self._sin_T1D = cos_1TD[0, :, None], (sin_1TD[0] * sign_D)[:, None]
+
+    def __call__(self, tokens_N: Tensor, position_N: Tensor, layout: Layout) -> Tensor:
+        cos_N1D = self._cos_T1D.index_select(0, position_N)
+        sin_N1D = self._sin_T1D.index_select(0, position_N)
+        hidden_NH = self.decoder.embed_tokens(tokens_N)
+        for index, layer in enumerate(self.layers):
+            hidden_NH = layer.attention(index, hidden_NH, cos_N1D, sin_N1D, layout)
+            hidden_NH = layer.feed_forward(hidden_NH)
+        return norm(self.decoder.norm, hidden_NH)
+
+
+class _Layer:
+    def __init__(self, layer: nn.Module, head_norms: bool) -> None:
+        self.layer, self.attn, self.mlp = layer, layer.self_attn, layer.mlp
+        self.into_heads = _Joined([self.attn.q_proj, self.attn.k_proj, self.attn.v_proj])
+        self.gate_up = _Joined([self.mlp.gate_proj, self.mlp.up_proj])
+        self.dim = self.attn.head_dim
+        self.key_heads = self.into_heads.sizes[1] // self.dim
+        self.query_heads = self.into_heads.sizes[0] // self.dim
+        self.head_norms = head_norms
+
+    def attention(self, index: int, x_NH: Tensor, cos_N1D: Tensor, sin_N1D: Tensor, layout: Layout) -> Tensor:
+        joined_NH = self.into_heads(norm(self.layer.input_layernorm, x_NH))
+        heads_NHD = joined_NH.view(len(x_NH), -1, self.dim)
+        turned_NHD, v_NHD = heads_NHD.split((self.query_heads + self.key_heads, self.key_heads), dim=1)
+        if self.head_norms:
+            q_NHD, k_NHD = turned_NHD.split((self.query_heads, self.key_heads), dim=1)
+            turned_NHD = torch.cat([norm(self.attn.q_norm, q_NHD), norm(self.attn.k_norm, k_NHD)], dim=1)
+        turned_NHD = turned_NHD * cos_N1D + turned_NHD.roll(self.dim // 2, -1) * sin_N1D
+        q_NHD, k_NHD = turned_NHD.split((self.query_heads, self.key_heads), dim=1)
+        out_NHD = layout.attend(
+            index, q_NHD.transpose(0, 1), k_NHD.transpose(0, 1), v_NHD.transpose(0, 1), self.attn.scaling
+        )
+        return added(x_NH, self.attn.o_proj, out_NHD.reshape(len(x_NH), -1))
+
+    def feed_forward(self, x_NH: Tensor) -> Tensor:
+        # Features first: with few tokens the product is faster so, and both halves are contiguous.
+        gate_FN, up_FN = self.gate_up.features(norm(self.layer.post_attention_layernorm, x_NH)).chunk(2)
+        return added(x_NH, self.mlp.down_proj, (self.mlp.act_fn(gate_FN) * up_FN).t())
+
+
+class _Joined:
+    """Linear layers that read the same input, as one product where all of them are plain."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        self.layers = layers
+        self.sizes = [int(layer.out_features) for layer in layers]
+        self.plain = all(map(is_plain, layers))
+        if self.plain:
+            self.weight = joined([layer.weight for layer in layers])
+            self.bias = None if layers[0].bias is None else joined([layer.bias for layer in layers])
+
+    def __call__(self, x_NH: Tensor) -> Tensor:
+        if self.plain:
+            return linear(x_NH, self.weight, self.bias)
+        return torch.cat([layer(x_NH) for layer in self.layers], dim=-1)
+
+    def features(self, x_NH: Tensor) -> Tensor:
+        """[features, N]"""
+        return torch.mm(self.weight, x_NH.t()) if self.plain and self.bias is None else self(x_NH).t()
+
+
+def joined(parameters: list[nn.Parameter]) -> Tensor:
+    """One tensor of which the parameters are slices along the first dimension, from now on if not already."""
+    first = parameters[0]
+    rows = [len(p) for p in parameters]
+    if not _adjacent(parameters):
+        # Under inference mode the new storage would be of no use to training.
+        with torch.inference_mode(False), torch.no_grad():
+            for parameter, part in zip(parameters, torch.cat([p.detach() for p in parameters]).split(rows)):
+                parameter.data = part
+    return first.detach().as_strided((sum(rows), *first.shape[1:]), first.stride())
+
+
+def _adjacent(parameters: list[nn.Parameter]) -> bool:
+    """They lie in one storage, one right behind the other."""
+    storage, place = parameters[0].untyped_storage().data_ptr(), parameters[0].data_ptr()
+    for parameter in parameters:
+        if (parameter.untyped_storage().data_ptr(), parameter.data_ptr()) != (storage, place):
+            return False
+        place += parameter.numel() * parameter.element_size()
+    return True
+
+
+# In short types every operation rounds: there the module's own ones are kept, so that sampler and trainer agree.
+
+
+def norm(module: nn.Module, x: Tensor) -> Tensor:
+    """Root-mean-square norm over the last dimension."""
+    if x.dtype != torch.float32:
+        return module(x)
+    return rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+def added(residual_NH: Tensor, layer: nn.Module, x_NF: Tensor) -> Tensor:
+    """residual + layer(x), in one operation where the layer is a plain product."""
+    if x_NF.dtype == torch.float32 and is_plain(layer) and layer.bias is None:
+        return torch.addmm(residual_NH, x_NF, layer.weight.t())
+    return residual_NH + layer(x_NF)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """A linear layer without adapter, its weight whole on this device."""
+    return type(layer) is nn.Linear and type(layer.weight.data) is Tensor

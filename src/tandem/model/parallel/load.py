@@ -1,0 +1,151 @@
+"""Build a model straight into a layout: no process ever holds more of it than its part."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from tandem.config.sections import Lora, Model
+from tandem.errors import ConfigError
+from tandem.model.attention import NAME
+from tandem.model.load import DTYPES, describe, existing, load_tokenizer, with_adapter
+from tandem.model.new import new_network
+from tandem.model.parallel.grid import Grid
+from tandem.model.parallel.mesh import local
+from tandem.model.parallel.model import ShardedModel
+from tandem.model.parallel.shard import on_grid
+
+
+def load_sharded(
+    config: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    grid: Grid,
+    *,
+    seed: int = 0,
+    where: str = "learner.layout",
+) -> ShardedModel:
+    """The policy on the processes of a grid; `where` is the layout's key, for errors. Collective."""
+    dtype = DTYPES[config.dtype]
+    if config.new is not None:
+        network, source = new_network(config.new, tokenizer, seed).to(dtype), "model.new"
+    else:
+        source = existing(config.path)
+        network = empty_network(source, dtype, config.trust_remote_code)
+    module = adapted(network, config.lora, seed) if config.lora is not None else network
+    if config.lora is not None and config.lora.dropout and grid.tensor.size > 1:
+        raise ConfigError(
+            f"model.lora.dropout={config.lora.dropout} needs {where}.tensor=1: each part would drop its own"
+        )
+    model = ShardedModel(module, tokenizer, source, grid, where)
+    if config.new is None:
+        read_weights(model, Path(downloaded(source)))
+    model.check_forward()
+    return model
+
+
+def load_frozen_sharded(
+    path: str, dtype: str, grid: Grid, *, trust_remote_code: bool = False, where: str = "reference.layout"
+) -> ShardedModel:
+    """A model that is only read, on the processes of a grid. Collective."""
+    source = existing(path)
+    network = empty_network(source, DTYPES[dtype], trust_remote_code).requires_grad_(False).eval()
+    model = ShardedModel(network, load_tokenizer(source, trust_remote_code), source, grid, where)
+    read_weights(model, Path(downloaded(source)))
+    model.check_forward()
+    return model
+
+
+def adapted(network: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
+    """With an adapter whose numbers are real, and those that one process would draw.
+
+    PEFT moves adapters to where the weights are, so weights without storage are in host memory meanwhile, as views of
+    a single number.
+    """
+    weights = [weight for weight in network.parameters() if weight.is_meta]
+    bare = [nn.Parameter(weight.new_empty((), device="cpu").expand(weight.shape)) for weight in weights]
+    for weight, other in zip(weights, bare):
+        torch.utils.swap_tensors(weight, other)
+    module = with_adapter(network, lora, seed, None)
+    for weight, other in zip(weights, bare):
+        other.requires_grad_(weight.requires_grad)
+        torch.utils.swap_tensors(weight, other)
+    return module
+
+
+def empty_network(source: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The architecture of a Hugging Face folder; its weights have shapes but no storage, its buffers are real."""
+    config = describe(source, trust_remote_code)
+    with init_empty_weights(include_buffers=False):
+        network = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=NAME, trust_remote_code=trust_remote_code
+        )
+    settings = Path(downloaded(source)) / "generation_config.json"
+    if settings.is_file():
+        network.generation_config = GenerationConfig.from_pretrained(settings.parent)
+    return network
+
+
+def downloaded(source: str) -> str:
+    """The folder of a model that is named by its folder or by its name on the hub."""
+    if Path(source).is_dir():
+        return source
+    return snapshot_download(source, allow_patterns=["*.json", "*.safetensors"])
+
+
+def read_weights(model: ShardedModel, folder: Path) -> None:
+    """Fill the weights that no adapter brings from a folder's safetensors; only this process's slices are read."""
+    named = model.module.named_parameters()
+    read(model, {model.hf_name(n): Target(n, w, local(w)) for n, w in named if ".lora_" not in n}, folder)
+
+
+class Target(NamedTuple):
+    """What a tensor of a file is read into."""
+
+    name: str
+    weight: Tensor
+    """The parameter that it is, or belongs to."""
+    values: Tensor
+    """What is here of it, or of what belongs to it."""
+
+
+def read(model: ShardedModel, targets: Mapping[str, Target], folder: Path) -> None:
+    """Read this process's slices of the tensors of a folder, by the name they have there, whatever layout wrote
+    them; ConfigError where one is missing or has another shape."""
+    saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    missing = sorted(set(targets) - set(saved))
+    if missing:
+        raise ConfigError(
+            f"{folder} lacks {len(missing)} weights: {', '.join(missing[:5])}; use a whole folder"
+        )
+    pieces = {
+        key: on_grid(target.values, target.weight, model.parts[target.name], model.grid, host=True)
+        for key, target in targets.items()
+    }
+    for key, piece in pieces.items():
+        if saved[key].size != piece.shape:
+            raise ConfigError(
+                f"{folder}: {key} has shape {list(saved[key].size)} and the model needs {list(piece.shape)}; "
+                "the weights belong to another config.json"
+            )
+    read_alone(pieces, folder)
+    with torch.no_grad():
+        for key, target in targets.items():
+            read_in = pieces[key].to_local()
+            if target.values.data_ptr() != read_in.data_ptr():
+                target.values.copy_(read_in)
+
+
+def read_alone(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Fill tensors, sharded ones with their slices, from a folder's safetensors, without the other processes."""
+    with warnings.catch_warnings():
+        # The library remarks that no process group takes part.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
