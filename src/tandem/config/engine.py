@@ -1,0 +1,75 @@
+"""The section of the engine: what samples the answers, and how the weights get there."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from tandem.config.sections import Section
+
+
+class Engine(Section):
+    """What samples the answers. The keys from `tensor_parallel` on are vLLM's."""
+
+    kind: Literal["embedded", "vllm"] = "embedded"
+    """`embedded` decodes with the weights that are trained; `vllm` keeps a copy of them in an engine of its own."""
+    transfer: Literal["auto", "memory", "ipc", "broadcast", "files"] = "auto"
+    """Road of the weights to an engine with a copy: `memory` within one process, `ipc` between processes on one GPU,
+    `broadcast` through a process group, `files` through a folder. `auto`: memory within one process, else files."""
+    transfer_dir: str | None = None
+    """Folder for transfer=files, seen by trainer and engines; null for a new one in this machine's shared memory."""
+    verify_every: int = Field(1, gt=0)
+    """Every so many transfers each tensor is compared by checksum and the engine by log-probabilities; names, shapes
+    and types always are."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """Type of the engine's weights; null for `model.dtype`."""
+    tensor_parallel: int = Field(1, gt=0)
+    """Devices that share one engine's weights."""
+    max_num_seqs: int = Field(256, gt=0)
+    """Answers that decode at the same time."""
+    max_num_batched_tokens: int | None = Field(None, gt=0)
+    """Tokens computed in one step of the engine; null for vLLM's choice."""
+    max_model_len: int | None = Field(None, gt=0)
+    """Longest prompt plus answer, in tokens; null for the model's own limit."""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    """Share of the device's memory for weights and cache. Beside a trainer on the same device, leave room for it."""
+    kv_cache_mb: int | None = Field(None, gt=0)
+    """Size of the cache of keys and values; null for what `gpu_memory_utilization` leaves. Set it on a CPU."""
+    prefix_caching: bool = True
+    """Compute a prompt once for all its answers."""
+    eager: bool = False
+    """Run without compilation and captured graphs: a fast start and slow steps."""
+    sleep: bool = False
+    """Give the device's memory to the trainer while it works. On a CPU this changes nothing."""
+
+    def road(self, *, one_process: bool, adapter: bool) -> str:
+        """The road that the weights take; `one_process` where trainer and engine are in one."""
+        if self.transfer != "auto":
+            return self.transfer
+        reads_files = self.kind == "vllm" and (adapter or self.tensor_parallel > 1)
+        return "memory" if one_process and not reads_files else "files"
+
+    def verifies(self, transfer: int) -> bool:
+        """Whether the transfer of this number, counted from 1, is verified: the first always is."""
+        return (transfer - 1) % self.verify_every == 0
+
+    @model_validator(mode="after")
+    def _roads(self) -> "Engine":
+        if self.transfer == "memory" and self.tensor_parallel > 1:
+            raise ValueError(
+                f"engine.transfer=memory stays in one process and engine.tensor_parallel={self.tensor_parallel} "
+                "takes several; use transfer=files, ipc or broadcast"
+            )
+        if self.transfer_dir is not None and self.transfer not in ("auto", "files"):
+            raise ValueError(f"engine.transfer_dir is for transfer=files, not transfer={self.transfer}")
+        return self
+
+    @model_validator(mode="after")
+    def _each_key_matters(self) -> "Engine":
+        shared = ("kind", "transfer", "transfer_dir", "verify_every", "dtype")
+        for name, info in type(self).model_fields.items():
+            if self.kind == "embedded" and name not in shared and self.__dict__[name] != info.default:
+                raise ValueError(
+                    f"engine.{name} is for engine.kind=vllm; the embedded engine has sampling.slots and "
+                    "learner.tokens_per_forward"
+                )
+        return self

@@ -1,0 +1,326 @@
+"""The roads of the weights: within a process, through files, by broadcast, by handles of GPU memory.
+
+Every road has a sender's `offer` and a receiver's `read`; `rereadable` roads can be read twice, so that a receiver
+verifies everything before it changes anything.
+"""
+
+import json
+import secrets
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
+
+from tandem.engine.weights import Offer, TensorSpec, Weights, checksum, compare
+from tandem.errors import RunError
+
+BUCKET = 1 << 28
+"""Bytes that a broadcast sends, and a file holds, at a time; a larger tensor goes alone."""
+MANIFEST = "weights.json"
+ADAPTER = "adapter_model.safetensors"
+SHARED = Path("/dev/shm")
+
+
+class Road(Protocol):
+    """One way for weights to travel."""
+
+    rereadable: bool
+
+    def read(self, offer: Offer) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of an offer, in its order, on the receiver's device or the CPU."""
+        ...
+
+
+class MemoryRoad:
+    """Sender and receiver are one process."""
+
+    rereadable = True
+
+    def offer(self, version: int, weights: Weights, *, verify: bool = True) -> Offer:
+        sums = {name: checksum(tensor) for name, tensor in weights} if verify else None
+        return _offer(version, "memory", weights, sums, verify, weights)
+
+    def read(self, offer: Offer) -> Iterator[tuple[str, Tensor]]:
+        return iter(offer.place)
+
+
+class FilesRoad:
+    """A folder per version below `root`, in safetensors files, which appears whole or not at all.
+
+    The newest `keep` versions stay. Without a `root` it is a new one in shared memory, for this user only, that
+    `close` removes.
+    """
+
+    rereadable = True
+
+    def __init__(self, root: Path | None = None, keep: int = 2) -> None:
+        self.root, self.keep = root, keep
+        self._own = root is None
+
+    def offer(self, version: int, weights: Weights, *, verify: bool = True) -> Offer:
+        if self.root is None:
+            self.root = Path(
+                tempfile.mkdtemp(prefix="tandem-weights-", dir=SHARED if SHARED.is_dir() else None)
+            )
+        folder = self.root / f"v{version:08d}"
+        tmp = self.root / f"{folder.name}.tmp-{secrets.token_hex(6)}"
+        try:
+            tmp.mkdir(parents=True, mode=0o700)
+            offer = _offer(version, "files", weights, _write(tmp, weights, verify), verify, str(folder))
+            (tmp / MANIFEST).write_text(json.dumps(offer.record()), encoding="utf-8")
+            if folder.exists():
+                shutil.rmtree(folder)
+            tmp.rename(folder)
+        except (OSError, SafetensorError) as cause:
+            raise RunError(
+                f"weights of version {version} cannot be written to engine.transfer_dir={self.root}: {cause}"
+            ) from cause
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+        for old in self._versions()[: -self.keep]:
+            shutil.rmtree(old)
+        return offer
+
+    def newest(self) -> Offer | None:
+        """The newest version that is there, for receivers that look for themselves."""
+        versions = self._versions()
+        if not versions:
+            return None
+        try:
+            record = json.loads((versions[-1] / MANIFEST).read_text(encoding="utf-8"))
+            return Offer.from_record(record, str(versions[-1]))
+        except (OSError, ValueError, KeyError, TypeError) as cause:
+            raise RunError(f"{versions[-1] / MANIFEST} is not a readable list of weights: {cause}") from cause
+
+    def read(self, offer: Offer) -> Iterator[tuple[str, Tensor]]:
+        for path in sorted(Path(offer.place).glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    # Tensors of an open file are views of its mapping; the folder may go while they are in use.
+                    for name in file.keys():  # noqa: SIM118
+                        yield name, file.get_tensor(name).clone()
+            except (OSError, SafetensorError) as cause:
+                raise RunError(
+                    f"weights of version {offer.version} by road files: {path} cannot be read: {cause}"
+                ) from cause
+
+    def close(self) -> None:
+        """Remove the versions; a `root` that was given stays."""
+        for folder in [self.root] if self._own and self.root else self._versions():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _versions(self) -> list[Path]:
+        if self.root is None:
+            return []
+        return sorted(p for p in self.root.glob("v*") if p.name[1:].isdigit())
+
+
+def _write(folder: Path, weights: Weights, verify: bool) -> dict[str, int] | None:
+    """Files of at most BUCKET bytes, so that no copy of the whole model is held; returns the checksums."""
+    sums: dict[str, int] = {}
+    part: dict[str, Tensor] = {}
+    number = 0
+
+    def flush() -> None:
+        nonlocal number
+        name = ADAPTER if weights.adapter else f"weights-{number:05d}.safetensors"
+        save_file(part, folder / name)
+        number += 1
+        part.clear()
+
+    for name, tensor in weights:
+        if verify:
+            sums[name] = checksum(tensor)
+        full = sum(t.nbytes for t in part.values()) + tensor.nbytes > BUCKET
+        if part and full and not weights.adapter:
+            flush()
+        part[name] = tensor.detach().cpu().contiguous()
+    flush()
+    if weights.adapter:
+        weights.adapter.save_pretrained(str(folder))
+    return sums if verify else None
+
+
+class BroadcastRoad:
+    """A process group with the sender at rank 0 and the receivers after it: gloo on a CPU, NCCL on NVIDIA GPUs.
+
+    The sender opens the meeting point, says its `port` to the receivers, and both call `connect`. Weights go in
+    buckets with the checksums after each; a transfer that breaks off leaves a receiver with some of the new ones.
+    """
+
+    rereadable = False
+
+    def __init__(
+        self, host: str, port: int, rank: int, size: int, device: torch.device, timeout_s: float = 300.0
+    ) -> None:
+        self.rank, self.size, self.device = rank, size, device
+        self.timeout = timedelta(seconds=timeout_s)
+        self._store = dist.TCPStore(host, port, None, rank == 0, self.timeout, wait_for_workers=False)
+        self.port = self._store.port
+        self._group: Any = None
+        self._weights: Weights | None = None
+
+    def connect(self) -> None:
+        """Wait until all are there."""
+        try:
+            if self.device.type == "cpu":
+                self._group = dist.ProcessGroupGloo(self._store, self.rank, self.size, self.timeout)
+            else:
+                options = dist.ProcessGroupNCCL.Options()
+                options._timeout = self.timeout
+                self._group = dist.ProcessGroupNCCL(self._store, self.rank, self.size, options)
+        except RuntimeError as cause:
+            raise RunError(
+                f"rank {self.rank} of {self.size} found no group for the weights within {self.timeout}: {cause}"
+            ) from cause
+
+    def offer(self, version: int, weights: Weights, *, verify: bool = True) -> Offer:
+        self._weights = weights
+        return _offer(version, "broadcast", weights, None, verify, None)
+
+    def send(self, offer: Offer) -> None:
+        """Send what was offered last, while all receivers read it."""
+        assert self._weights is not None
+        arriving = iter(self._weights)
+        for bucket in buckets(offer.specs, BUCKET):
+            tensors = [next(arriving)[1].to(self.device) for _ in bucket]
+            bytes_N = torch.cat([t.detach().contiguous().reshape(-1).view(torch.uint8) for t in tensors])
+            self._broadcast(bytes_N, offer, bucket)
+            if offer.verify:
+                self._broadcast(torch.tensor([checksum(t) for t in tensors]).to(self.device), offer, bucket)
+
+    def read(self, offer: Offer) -> Iterator[tuple[str, Tensor]]:
+        waiting = deque(buckets(offer.specs, BUCKET))
+        try:
+            while waiting:
+                yield from self._receive(offer, waiting.popleft())
+        finally:
+            # The sender goes on to the end: a receiver that left early would keep it and all others waiting.
+            while waiting and self._group is not None:
+                self._take(offer, waiting.popleft())
+
+    def _receive(self, offer: Offer, bucket: list[TensorSpec]) -> list[tuple[str, Tensor]]:
+        tensors, sums = self._take(offer, bucket)
+        for spec, tensor, sent in zip(bucket, tensors, sums):
+            compare(offer, spec.name, sent, checksum(tensor))
+        return [(spec.name, tensor) for spec, tensor in zip(bucket, tensors)]
+
+    def _take(self, offer: Offer, bucket: list[TensorSpec]) -> tuple[list[Tensor], list[int]]:
+        """The tensors of the next bucket, and their checksums, none where they are not compared."""
+        sizes = [size_of(spec) for spec in bucket]
+        # Not one buffer for all: a receiver may keep a tensor until the rest of its layer has come.
+        bytes_N = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
+        self._broadcast(bytes_N, offer, bucket)
+        tensors = [
+            part.clone().view(getattr(torch, spec.dtype)).view(spec.shape)
+            for spec, part in zip(bucket, bytes_N.split(sizes))
+        ]
+        sum_N = torch.zeros(len(bucket) if offer.verify else 0, dtype=torch.int64, device=self.device)
+        if offer.verify:
+            self._broadcast(sum_N, offer, bucket)
+        return tensors, sum_N.tolist()
+
+    def close(self) -> None:
+        self._group = None
+
+    def _broadcast(self, tensor: Tensor, offer: Offer, bucket: Sequence[TensorSpec]) -> None:
+        if self._group is None:
+            raise RunError(
+                f"weights of version {offer.version} by road broadcast: the group is not connected (any more)"
+            )
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        try:
+            self._group.broadcast([tensor], options).wait()
+        except RuntimeError as cause:
+            self._group = None
+            raise RunError(
+                f"weights of version {offer.version} by road broadcast: broke off at tensor {bucket[0].name}: {cause}"
+            ) from cause
+
+
+def buckets(specs: Sequence[TensorSpec], limit: int) -> Iterator[list[TensorSpec]]:
+    """In order, as many together as stay within `limit` bytes; both ends cut alike."""
+    bucket: list[TensorSpec] = []
+    for spec in specs:
+        if bucket and sum(map(size_of, bucket)) + size_of(spec) > limit:
+            yield bucket
+            bucket = []
+        bucket.append(spec)
+    if bucket:
+        yield bucket
+
+
+def size_of(spec: TensorSpec) -> int:
+    """Bytes of the tensor."""
+    return torch.Size(spec.shape).numel() * getattr(torch, spec.dtype).itemsize
+
+
+class IpcRoad:
+    """Handles of GPU memory, for another process on the same GPU; nothing is copied on the way.
+
+    The sender keeps the tensors alive until `release`, after the receivers have taken them. Engines on several GPUs
+    take the `joined` offers of the trainer's ranks on those GPUs.
+    """
+
+    rereadable = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._held: list[Tensor] = []
+
+    def offer(self, version: int, weights: Weights, *, verify: bool = True) -> Offer:
+        self._held = [tensor.detach().contiguous() for _, tensor in weights]
+        names = [spec.name for spec in weights.specs()]
+        sums = {name: checksum(t) for name, t in zip(names, self._held)} if verify else None
+        handles = [(name, reduce_tensor(t)[1]) for name, t in zip(names, self._held)]
+        return _offer(version, "ipc", weights, sums, verify, {self._gpu(): handles})
+
+    def read(self, offer: Offer) -> Iterator[tuple[str, Tensor]]:
+        if self._gpu() not in offer.place:
+            raise RunError(
+                f"weights of version {offer.version} by road ipc are on GPUs {sorted(offer.place)} and the engine is "
+                f"on {self._gpu()}; use engine.transfer=broadcast or files"
+            )
+        for name, handle in offer.place[self._gpu()]:
+            arguments = list(handle)
+            # The GPU's number in the sender's process; in this one it may have another.
+            arguments[6] = self.device.index or 0
+            yield name, rebuild_cuda_tensor(*arguments)
+
+    def release(self) -> None:
+        self._held = []
+
+    def _gpu(self) -> str:
+        return str(torch.get_device_module(self.device).get_device_properties(self.device).uuid)
+
+
+def joined(offers: Sequence[Offer]) -> Offer:
+    """One offer by IPC of the same weights from the trainer's ranks, each with the handles of its own GPU."""
+    places = {gpu: handles for offer in offers for gpu, handles in offer.place.items()}
+    return replace(offers[0], place=places)
+
+
+def _offer(
+    version: int, road: str, weights: Weights, sums: dict[str, int] | None, verify: bool, place: object
+) -> Offer:
+    return Offer(
+        version=version,
+        road=road,
+        specs=weights.specs(),
+        checksums=sums,
+        verify=verify,
+        adapter=weights.adapter is not None,
+        place=place,
+    )

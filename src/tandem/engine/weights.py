@@ -1,0 +1,166 @@
+"""Weights on their way to an engine: what a version holds, and the proof that it arrived whole.
+
+A sender makes an `Offer` of a version (`engine/roads.py`), a receiver checks its names, shapes and types against its
+own before it touches anything, and the bytes of every tensor by checksum as they come.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tandem.errors import RunError
+from tandem.model import LanguageModel
+
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+CHUNK = 1 << 22
+"""Words of a tensor that are summed at a time: bounds the memory of a checksum."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """A tensor without its numbers. `dtype` is torch's name of it, such as `bfloat16`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+class Weights(Protocol):
+    """Named tensors, each whole when it comes; on a sharded trainer both calls are made by all ranks."""
+
+    adapter: PeftConfig | None
+    """Set where the tensors are those of an adapter."""
+
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """What iteration gives, in its order, without moving a byte."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """A version of the weights that receivers may take now."""
+
+    version: int
+    road: str
+    specs: tuple[TensorSpec, ...]
+    checksums: Mapping[str, int] | None
+    """By name; None where bytes are not compared, or where the road brings the sums along (broadcast)."""
+    verify: bool = True
+    adapter: bool = False
+    place: Any = None
+    """Where the tensors are, in the road's own terms."""
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values, without its place."""
+        kept = {"version": self.version, "road": self.road, "verify": self.verify, "adapter": self.adapter}
+        sums = None if self.checksums is None else dict(self.checksums)
+        return {**kept, "specs": [asdict(s) for s in self.specs], "checksums": sums}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], place: Any) -> "Offer":
+        specs = tuple(TensorSpec(**{**s, "shape": tuple(s["shape"])}) for s in record["specs"])
+        return cls(**{**record, "specs": specs, "place": place})
+
+
+class ModelWeights:
+    """All weights of a model under their Hugging Face names; of a model with an adapter, those of the adapter.
+
+    A weight that two modules share comes once. `dtype`, where given, is what they are cast to.
+    """
+
+    def __init__(self, model: LanguageModel, dtype: torch.dtype | None = None) -> None:
+        self.tensors = named_tensors(model)
+        self.dtype = dtype
+        self.adapter = model.module.peft_config["default"] if isinstance(model.module, PeftModel) else None
+
+    def specs(self) -> tuple[TensorSpec, ...]:
+        return tuple(spec_of(name, t, self.dtype) for name, t in self.tensors.items())
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.tensors.items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            yield name, whole.to(self.dtype or whole.dtype)
+
+
+def named_tensors(model: LanguageModel) -> dict[str, Tensor]:
+    """The tensors themselves, by name: what is written into them is the model's."""
+    if isinstance(model.module, PeftModel):
+        return dict(get_peft_model_state_dict(model.module))
+    network = model.network
+    shared = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    buffers = {name: t for name, t in network.state_dict().items() if name not in shared}
+    return {**{name: p.detach() for name, p in network.named_parameters()}, **buffers}
+
+
+def spec_of(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> TensorSpec:
+    return TensorSpec(name=name, shape=tuple(tensor.shape), dtype=dtype_name(dtype or tensor.dtype))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> int:
+    """Sum of the tensor's words, each times its odd place number, modulo 2^64.
+
+    Any one changed word changes it, and so does an exchange of two words of up to 32 bits; equal on all devices.
+    """
+    words_N = tensor.detach().contiguous().reshape(-1).view(WORDS[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    place_C = 2 * torch.arange(min(CHUNK, len(words_N)), device=tensor.device) + 1
+    for start in range(0, len(words_N), CHUNK):
+        word_C = words_N[start : start + CHUNK].long()
+        total += (word_C * place_C[: len(word_C)]).sum() + 2 * start * word_C.sum()
+    return int(total)
+
+
+def check_specs(offer: Offer, own: Mapping[str, TensorSpec]) -> None:
+    """Raise where an offer does not hold exactly the receiver's own tensors."""
+    offered = {spec.name: spec for spec in offer.specs}
+    if missing := [name for name in own if name not in offered]:
+        raise refusal(offer, missing[0], f"is missing{_others(missing)}")
+    if surplus := [name for name in offered if name not in own]:
+        raise refusal(offer, surplus[0], f"is none of the engine's{_others(surplus)}")
+    for name, spec in offered.items():
+        if spec != own[name]:
+            raise refusal(offer, name, f"is {spec} and the engine's is {own[name]}")
+
+
+def verified(offer: Offer, arriving: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors as they come, each compared with the offer; raises at the first that differs, or if one is left."""
+    awaited = {spec.name: spec for spec in offer.specs}
+    for name, tensor in arriving:
+        spec = awaited.pop(name, None)
+        if spec is None:
+            raise refusal(offer, name, "came twice or was not announced")
+        if spec_of(name, tensor) != spec:
+            raise refusal(offer, name, f"came as {spec_of(name, tensor)} and was announced as {spec}")
+        if offer.verify and offer.checksums is not None:
+            compare(offer, name, offer.checksums[name], checksum(tensor))
+        yield name, tensor
+    if awaited:
+        raise refusal(offer, next(iter(awaited)), f"never came{_others(list(awaited))}")
+
+
+def compare(offer: Offer, name: str, sent: int, received: int) -> None:
+    if sent != received:
+        raise refusal(offer, name, f"changed on the way (checksum {received} instead of {sent})")
+
+
+def refusal(offer: Offer, name: str, what: str) -> RunError:
+    return RunError(f"weights of version {offer.version} by road {offer.road}: tensor {name} {what}")
+
+
+def _others(names: list[str]) -> str:
+    return f", and {len(names) - 1} more" if len(names) > 1 else ""
