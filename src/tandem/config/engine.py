@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from tandem.config.sections import Section
+from tandem.config.section import Section
 
 
 class Engine(Section):

@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from tandem.config.sections import Section
+from tandem.config.section import Section
 
 
 class Layout(Section):

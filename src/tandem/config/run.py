@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from tandem.config.engine import Engine
+from tandem.config.section import Section
 from tandem.config.sections import (
     Algorithm,
     Checkpoint,
@@ -15,7 +17,6 @@ from tandem.config.sections import (
     Reference,
     Reward,
     Sampling,
-    Section,
     Warmup,
 )
 
@@ -40,6 +41,7 @@ class Run(Section):
     warmup: Warmup | None = None
     """Supervised stage before the first step; only for `model.new` on a task of the project's own."""
     sampling: Sampling = Sampling()
+    engine: Engine = Engine()
     reward: Reward
     algorithm: Algorithm = Algorithm()
     learner: Learner = Learner()

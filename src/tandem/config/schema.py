@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 from pydantic.fields import FieldInfo
 
 from tandem.config.run import Run
-from tandem.config.sections import Section
+from tandem.config.section import Section
 
 _WORDS = {bool: "true or false", int: "whole number", float: "number", str: "text", Any: "anything"}
 _INDEX = re.compile(r"\[\d*\]|\.\d+(?=\.|$)")

@@ -5,17 +5,10 @@ Sizes are said in these words only: prompts_per_step, answers_per_prompt, update
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        validate_default=True,
-        protected_namespaces=(),
-    )
+from tandem.config.layout import Layout
+from tandem.config.section import Section
 
 
 class NewModel(Section):
@@ -318,6 +311,7 @@ class Learner(Section):
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     optimizer: Optimizer = Optimizer()
+    layout: Layout = Layout()
     max_nonfinite: int = Field(3, gt=0)
     """The run stops after so many updates in a row with a loss or gradient that is not finite."""
 
@@ -329,6 +323,7 @@ class Reference(Section):
     """Folder of the reference model; null for the policy as it was at the start."""
     refresh_every: int | None = Field(None, gt=0)
     """Copy the policy into the reference every so many steps; null for never."""
+    layout: Layout = Layout()
 
     @model_validator(mode="after")
     def _own_or_moving(self) -> "Reference":

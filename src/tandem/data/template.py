@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError, field_validator
 
 from tandem.config import yaml_text
-from tandem.config.sections import Section
+from tandem.config.section import Section
 from tandem.data.question import Message
 from tandem.errors import ConfigError, DataError
 

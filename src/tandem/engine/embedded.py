@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from tandem.device import captures, free_bytes
 from tandem.engine.answers import Answers, Completion, Request
 from tandem.engine.cache import Prefill, Room, Slots
 from tandem.engine.sampling import SamplingParams
 from tandem.engine.steps import CapturedSteps, Steps
+from tandem.engine.text import has_stop_text
 from tandem.errors import RunError
 from tandem.model import LanguageModel
 from tandem.model.fused import sampling_forward
@@ -259,20 +259,7 @@ class _Decode:
             tokens.append(token)
             if self.on_token is not None:
                 self.on_token(row.index, token)
-            if self._has_stop_text(tokens):
+            if has_stop_text(self.model.tokenizer, tokens, self.params):
                 stopped.append(slot)
         if stopped:
             self.answers.stop(stopped)
-
-    def _has_stop_text(self, tokens: list[int]) -> bool:
-        if not self.params.stop or len(tokens) < self.params.min_tokens:
-            return False
-        # A stop text of n bytes lies within the last n + 1 tokens: a token may hold no more than one byte.
-        longest = max(len(stop.encode()) for stop in self.params.stop)
-        tail = decode(self.model.tokenizer, tokens[-longest - 1 :])
-        return any(stop in tail for stop in self.params.stop)
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """Text of an answer's tokens, control tokens left out."""
-    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

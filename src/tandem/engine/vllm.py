@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from tandem.config.engine import Engine
 from tandem.config.sections import Lora
 from tandem.engine.answers import Completion, Request
-from tandem.engine.embedded import decode
 from tandem.engine.roads import FilesRoad
 from tandem.engine.sampling import SamplingParams
+from tandem.engine.text import has_stop_text
 from tandem.engine.weights import Offer, TensorSpec, check_specs, dtype_name, spec_of, verified
 from tandem.errors import ConfigError, RunError
 from tandem.model.load import first_line
@@ -298,6 +298,9 @@ def arguments(
         "enable_prefix_caching": config.prefix_caching,
         "enforce_eager": config.eager,
     }
+    if not torch.accelerator.is_available():
+        # Of a prompt cut in two, vLLM rewinds the random generator, which those of a CPU do not know how to.
+        chosen["enable_chunked_prefill"] = False
     if config.tensor_parallel > 1:
         chosen["distributed_executor_backend"] = "mp"
     if lora is not None:
@@ -335,12 +338,3 @@ def check_params(params: SamplingParams) -> None:
             "vLLM cannot say the log-probabilities of the policy then. Set temperature=1, or leave the others out, "
             "or use engine.kind=embedded"
         )
-
-
-def has_stop_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], params: SamplingParams) -> bool:
-    """As in the embedded engine: a stop text of n bytes lies within the last n + 1 tokens."""
-    if len(tokens) < params.min_tokens:
-        return False
-    longest = max(len(stop.encode()) for stop in params.stop)
-    tail = decode(tokenizer, tokens[-longest - 1 :])
-    return any(stop in tail for stop in params.stop)

@@ -18,6 +18,7 @@ from tandem.errors import ConfigError
 from tandem.learner import Actor, Reference
 from tandem.model import LanguageModel, load_frozen
 from tandem.model.compiled import compile_blocks
+from tandem.placement.copied import CopiedEngine, vllm_beside
 from tandem.rewards.scorer import Scorer
 from tandem.rewards.watch import FailureWatch
 from tandem.rollout import Sampler, Stream
@@ -32,10 +33,14 @@ class Roles:
     sampler: Sampler
     stream: Stream
     kl: KlController
+    copy: CopiedEngine | None = None
+    """The engine, where it samples from a copy of the actor's weights."""
 
     def publish(self, version: int) -> None:
         """Give the actor's weights to the sampler, and to the reference when it is due. In one process the sampler
-        has them already, so only the number moves."""
+        has them already, so only the number moves, unless the engine keeps a copy."""
+        if self.copy is not None:
+            self.copy.send(version)
         self.sampler.version = version
         if self.reference is not None and self.actor.run.refreshes_reference(version):
             self.reference.refresh(self.actor)
@@ -45,10 +50,11 @@ def build(
     run: Run, model: LanguageModel, prompts: PromptSet, scorer: Scorer, reference_folder: Path | None = None
 ) -> Roles:
     """The roles of a run around a loaded policy. `reference_folder` holds the reference of a resumed run."""
-    engine = EmbeddedEngine(model, run.sampling.slots, run.learner.tokens_per_forward)
     if run.learner.compile:
         compile_blocks(model)
     params = sampling_params(run, prompts.template)
+    copied = vllm_beside(run, model, params) if run.engine.kind == "vllm" else None
+    engine = copied or EmbeddedEngine(model, run.sampling.slots, run.learner.tokens_per_forward)
     sampler = Sampler(engine, scorer, model.tokenizer, run, params, model.stop_tokens | params.stop_tokens)
     kl = run.algorithm.kl
     return Roles(
@@ -62,6 +68,7 @@ def build(
             watch=FailureWatch(run.reward.max_failure_share),
         ),
         kl=KlController(kl.coef, kl.target, kl.horizon),
+        copy=copied,
     )
 
 
@@ -131,4 +138,6 @@ def restore(roles: Roles, saved: Mapping[str, Any], version: int) -> None:
     roles.actor.nonfinite_in_a_row = saved["nonfinite_in_a_row"]
     roles.actor.optimizer.updates = saved["updates"]
     roles.stream.watch.restore(saved["failure_watch"])
+    if roles.copy is not None:
+        roles.copy.send(version)
     roles.sampler.version = version

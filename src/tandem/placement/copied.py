@@ -1,0 +1,88 @@
+"""An engine that samples from a copy of the actor's weights, in the actor's process."""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tandem.config.engine import Engine
+from tandem.config.run import Run
+from tandem.engine import Completion, Request, SamplingParams
+from tandem.engine.probe import check_probe
+from tandem.engine.roads import FilesRoad, MemoryRoad
+from tandem.engine.vllm import VllmEngine, check_params
+from tandem.engine.weights import ModelWeights
+from tandem.errors import ConfigError
+from tandem.model import LanguageModel
+from tandem.model.load import DTYPES
+
+FOLDER = "engine"
+"""Below the run folder: the configuration that vLLM starts from; the weights come from the actor."""
+
+
+class CopiedEngine:
+    """Every version of the weights is offered, taken and proved before it serves. It sleeps while nobody samples,
+    where `engine.sleep` says so, and is given its weights again when it wakes."""
+
+    def __init__(self, model: LanguageModel, engine: VllmEngine, road: str, config: Engine) -> None:
+        self.model, self.engine, self.config = model, engine, config
+        folder = None if config.transfer_dir is None else Path(config.transfer_dir)
+        self.road = MemoryRoad() if road == "memory" else FilesRoad(folder)
+        engine.connect(road)
+        self._sent = 0
+        self._slept = False
+        self.send(0)
+
+    def send(self, version: int) -> None:
+        """The engine samples from the model as it is now; RunError names a tensor that did not arrive whole."""
+        self._sent += 1
+        verify = self.config.verifies(self._sent)
+        offer = self.road.offer(version, ModelWeights(self.model, self.engine.dtype), verify=verify)
+        self.engine.update(offer)
+        self._slept = False
+        if verify:
+            check_probe(self.engine, self.model, version, self.engine.dtype)
+
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, *, poll: Callable[[int, int], None]
+    ) -> list[Completion]:
+        if self._slept:
+            self.send(self.engine.version)
+        done = self.engine.generate(requests, params, poll=poll)
+        if self.config.sleep:
+            self.engine.sleep()
+            self._slept = True
+        return done
+
+    def close(self) -> None:
+        """Remove weights that lie in files."""
+        if isinstance(self.road, FilesRoad):
+            self.road.close()
+
+
+def vllm_beside(run: Run, model: LanguageModel, params: SamplingParams) -> CopiedEngine:
+    """vLLM in this process, with the weights that the actor has now; ConfigError where it cannot sample as asked."""
+    check_params(params)
+    adapter = run.model.lora is not None
+    if adapter and run.model.path is None:
+        raise ConfigError(
+            "engine.kind=vllm with model.lora reads the base model from its folder: set model.path instead of model.new"
+        )
+    engine = VllmEngine(
+        str(run.model.path) if adapter else str(described(model, Path(run.run_dir) / FOLDER)),
+        run.engine,
+        dtype=DTYPES[run.engine.dtype or run.model.dtype],
+        tokenizer=model.tokenizer,
+        stop_tokens=model.stop_tokens,
+        lora=run.model.lora,
+        trust_remote_code=run.model.trust_remote_code,
+        fill=adapter,
+    )
+    return CopiedEngine(model, engine, run.engine.road(one_process=True, adapter=adapter), run.engine)
+
+
+def described(model: LanguageModel, folder: Path) -> Path:
+    """A folder with the model's configuration and no weights."""
+    config = copy.deepcopy(model.network.config)
+    config.architectures = [type(model.network).__name__]
+    config.save_pretrained(folder)
+    return folder
