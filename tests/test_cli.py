@@ -20,7 +20,7 @@ from tandem.config import load
 from tandem.errors import DataError, RunError
 from tandem.journal import read_metrics
 
-COMMANDS = ("train", "show", "explain", "check", "generate", "chat", "eval", "convert")
+COMMANDS = ("train", "show", "explain", "check", "plan", "generate", "chat", "eval", "convert")
 
 
 def call(*arguments: object, **options: str):

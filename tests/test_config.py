@@ -15,7 +15,7 @@ from tandem.config.load import FREE_ON_RESUME
 from tandem.config.schema import keys
 
 ROOT = Path(__file__).parents[1]
-REQUIRED = {"gsm8k": ["model.path=models/any", "data.train=train.jsonl"]}
+REQUIRED = {name: ["model.path=models/any", "data.train=train.jsonl"] for name in ("gsm8k", "cluster")}
 """What a recipe leaves to its user."""
 
 
@@ -298,8 +298,10 @@ def test_difference_lets_pass_what_may_change_on_resume(tmp_path):
         "learner.tokens_per_forward=99",
         "reward.workers=4",
     ]
-    assert len(free) == len(FREE_ON_RESUME)
+    elsewhere = ["placement.kind=apart", "placement.engines=2"]  # where profile=true is refused
+    assert len(free) + 1 == len(FREE_ON_RESUME)
     assert difference(load(path), load(path, free)) == []
+    assert difference(load(path), load(path, elsewhere)) == []
     assert FREE_ON_RESUME and all(key in keys() for key in FREE_ON_RESUME)
 
 

@@ -24,11 +24,24 @@ REQUESTS = [Request(tokens=tokens, key=key(i, j)) for i, tokens in enumerate(PRO
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 
 
+STARTED = []
+"""An engine that is forgotten ends later, and would take a newer one's process groups along."""
+
+
 def engine_of(model, folder, config=CONFIG, **options):
     pytest.importorskip("vllm")
     model.network.save_pretrained(folder)
     known = {"tokenizer": model.tokenizer, "stop_tokens": model.stop_tokens}
-    return VllmEngine(str(folder), config, dtype=torch.float32, **known, **options)
+    STARTED.append(VllmEngine(str(folder), config, dtype=torch.float32, **known, **options))
+    return STARTED[-1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_ended():
+    yield
+    for engine in STARTED:
+        engine.close()
+    STARTED.clear()
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])

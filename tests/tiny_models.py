@@ -51,8 +51,11 @@ FAMILIES = {
 
 
 def network(family: str, seed: int = 0) -> PreTrainedModel:
+    return randomized(FAMILIES[family](), seed)
+
+
+def randomized(made: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """Every weight is random, biases and norms too, and large enough that each one moves the logits."""
-    made = FAMILIES[family]()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in made.named_parameters():

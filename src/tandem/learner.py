@@ -1,6 +1,6 @@
 """The roles that run the model over whole batches: the actor, which learns, and the reference, which does not."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
 
@@ -16,9 +16,6 @@ from tandem.optimizer import Optimizer
 from tandem.types import Batch, BatchT, Experience, take, to_device
 
 MIB = 2**20
-
-Forward = Callable[..., tuple[Tensor, Tensor]]
-"""`token_logprobs`, or what a model on many processes has in its place."""
 
 
 def micro_batches(
@@ -63,17 +60,25 @@ def silenced(batch: BatchT) -> BatchT:
 class Role:
     """A model as the loop sees it: what it gives to a batch."""
 
-    def __init__(self, model: LanguageModel, run: Run, forward: Forward = token_logprobs) -> None:
-        self.model, self.run, self._forward = model, run, forward
+    def __init__(self, model: LanguageModel, run: Run) -> None:
+        self.model, self.run = model, run
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights in the forward pass."""
+        return self.model.network.dtype
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> Tensor:
         """`logp_BT` at the sampled tokens at the sampling temperature, on the CPU; 0 elsewhere."""
         self.model.module.eval()
         logp_BT = torch.zeros(batch.tokens_BT.shape)
-        for rows, part in self._micro_batches(batch):
+
+        def keep(rows: Tensor, part: Batch) -> None:
             part_logp_BT, _ = self._token_logprobs(part)
             logp_BT[rows, : part_logp_BT.shape[1]] = part_logp_BT[: len(rows)].cpu()
+
+        self.model.forward_each(self._micro_batches(batch), keep, attention=self.run.learner.attention)
         return self.model.mesh.sum(logp_BT)
 
     def _micro_batches(self, batch: BatchT) -> Iterator[tuple[Tensor, BatchT]]:
@@ -99,7 +104,7 @@ class Role:
         return [rows[pack] for pack in micro_batches(length_B, budget, prompt_length_B, group_B)]
 
     def _token_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self._forward(
+        return token_logprobs(
             self.model,
             batch.tokens_BT,
             batch.mask_BT,
@@ -109,21 +114,15 @@ class Role:
             temperature=self.run.sampling.temperature,
             logits_bytes=self.run.learner.logits_mb * MIB,
             entropy_gradient=self.run.algorithm.entropy > 0,
+            attention=self.run.learner.attention,
         )
 
 
 class Actor(Role):
     """The policy and its optimizer."""
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        run: Run,
-        forward: Forward = token_logprobs,
-        *,
-        offload_gradients: bool = False,
-    ) -> None:
-        super().__init__(model, run, forward)
+    def __init__(self, model: LanguageModel, run: Run, *, offload_gradients: bool = False) -> None:
+        super().__init__(model, run)
         self.optimizer = Optimizer(
             model.trainable(),
             run.learner.optimizer,
@@ -184,15 +183,26 @@ class Actor(Role):
             "actor/skipped_nonfinite": skipped_nonfinite,
         }
 
+    def counters(self) -> dict[str, int]:
+        """What a checkpoint needs beside tensors."""
+        return {"nonfinite_in_a_row": self.nonfinite_in_a_row, "updates": self.optimizer.updates}
+
+    def restore_counters(self, saved: Mapping[str, int]) -> None:
+        self.nonfinite_in_a_row = saved["nonfinite_in_a_row"]
+        self.optimizer.updates = saved["updates"]
+
     def _accumulate(self, part: Experience, kl_coef: float) -> dict[str, float]:
         """Gradient of one update, in micro-batches; the loss's weights make their sum independent of the cut."""
         totals: dict[str, float] = {}
-        for _, piece in self._micro_batches(part):
+
+        def loss_of(_: Tensor, piece: Experience) -> Tensor:
             logp_BT, entropy_BT = self._token_logprobs(piece)
             loss, sums = policy_loss(logp_BT, entropy_BT, piece, self.run.algorithm, kl_coef)
-            loss.backward()
-            self.optimizer.collect()
             add(totals, {name: float(value) for name, value in sums.items()})
+            return loss
+
+        pieces, attention = self._micro_batches(part), self.run.learner.attention
+        self.model.backward_each(pieces, loss_of, self.optimizer.collect, attention=attention)
         return totals
 
     def _count_nonfinite(self, part: Experience, norm: float) -> None:
@@ -208,10 +218,8 @@ class Actor(Role):
 class Reference(Role):
     """Where the KL term pulls to: a model of its own, or the actor's with its adapter off."""
 
-    def __init__(
-        self, model: LanguageModel, run: Run, forward: Forward = token_logprobs, *, adapter_off: bool
-    ) -> None:
-        super().__init__(model, run, forward)
+    def __init__(self, model: LanguageModel, run: Run, *, adapter_off: bool) -> None:
+        super().__init__(model, run)
         self.adapter_off = adapter_off
 
     def logprobs(self, batch: Batch) -> Tensor:

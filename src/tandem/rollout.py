@@ -129,6 +129,22 @@ def mixed(group: Group) -> bool:
 KEEP: dict[str, Callable[[Group], bool]] = {"all": lambda group: True, "mixed": mixed}
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One step's groups, the scores of all that were sampled for it, and what there is to say of that."""
+
+    groups: list[Group]
+    scores: list[Score]
+    figures: dict[str, float]
+
+
+def lag_figures(groups: Sequence[Group], version: int, max_lag: int) -> dict[str, float]:
+    """How old the groups of a step are, in steps; none may be older than allowed."""
+    lags = [version - r.oldest_version for g in groups for r in g.rollouts]
+    assert all(lag <= max_lag for lag in lags)
+    return {"rollout/lag_mean": sum(lags) / len(lags), "rollout/lag_max": max(lags)} if lags else {}
+
+
 @dataclass(slots=True)
 class Stream:
     """Hands out groups in the order of their prompts, none sampled more than `max_lag` steps before.
@@ -154,14 +170,18 @@ class Stream:
         while len(self.ahead) <= run.sampling.max_lag:
             self.ahead.append(self._fresh())
         groups = self.ahead.popleft()
-        lags = [version - r.oldest_version for g in groups for r in g.rollouts]
-        assert all(lag <= run.sampling.max_lag for lag in lags)
-        if lags:
-            self.last |= {"rollout/lag_mean": sum(lags) / len(lags), "rollout/lag_max": max(lags)}
+        self.last |= lag_figures(groups, version, run.sampling.max_lag)
         return groups
 
     def _fresh(self) -> list[Group]:
-        """One step's groups, sampled now."""
+        drawn = self.draw()
+        self.watch.observe(drawn.scores)
+        self.last = dict(drawn.figures)
+        self.newest = drawn.groups
+        return self.newest
+
+    def draw(self) -> Drawn:
+        """One step's groups, sampled now; nothing but the place in the data moves."""
         run = self.sampler.run
         keep, wanted = KEEP[run.algorithm.keep], run.sampling.prompts_per_step
         kept: list[Group] = []
@@ -181,11 +201,10 @@ class Stream:
             dropped += len(groups) - len(good)
             kept += good
             rounds += 1
-        self.watch.observe(scores)
-        self.last = {"rollout/refills": rounds - 1, "rollout/dropped_groups": dropped}
         # A step without any kept group trains on the last ones, whose equal rewards change nothing.
-        self.newest = kept or groups
-        return self.newest
+        return Drawn(
+            kept or groups, scores, {"rollout/refills": rounds - 1, "rollout/dropped_groups": dropped}
+        )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs: the cursor, and groups sampled ahead."""
@@ -193,6 +212,11 @@ class Stream:
             "cursor": self.cursor.state(),
             "ahead": [[group_record(g) for g in groups] for groups in self.ahead],
         }
+
+    def mark(self) -> Callable[[], dict[str, Any]]:
+        """The state as it is at this moment, for whoever may want it later."""
+        state = self.state()
+        return lambda: state
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.cursor.restore(state["cursor"])

@@ -86,6 +86,40 @@ def check(recipe: Recipe, overrides: Overrides = None, debug: Debug = False) -> 
     typer.echo(f"no problem found; start with: tandem train {shlex.join([recipe, *(overrides or [])])}")
 
 
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="h200, h100, b200, a100, l40s, cpu (measured here), or FLOPS=..,BANDWIDTH=..,MEMORY=.."
+        ),
+    ] = "h200",
+    count: Annotated[int, typer.Option(min=1, help="Devices.")] = 8,
+    per_node: Annotated[int, typer.Option(min=1, help="Devices in a node.")] = 8,
+    prompt: Annotated[
+        int | None, typer.Option(min=1, help="Mean tokens of a prompt; data.max_prompt_tokens unless given.")
+    ] = None,
+    answer: Annotated[
+        int | None,
+        typer.Option(min=1, help="Mean tokens of an answer; sampling.max_answer_tokens unless given."),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Layouts to show.")] = 5,
+    debug: Debug = False,
+) -> None:
+    """Estimate memory and time of a run on devices that are not there: which layouts fit, and the fastest.
+
+    The model's config.json is enough; no weight is read.
+    """
+    run = resolved(recipe, overrides)
+    quiet_libraries()
+    from tandem.train.plan.request import planned
+
+    typer.echo(
+        planned(run, device=device, count=count, per_node=per_node, prompt=prompt, answer=answer, top=top)
+    )
+
+
 def resolved(recipe: str, overrides: list[str] | None) -> "Run":
     from tandem.config import load
 

@@ -1,5 +1,8 @@
 """How a model lies on many processes: the axes, and what of it waits in host memory."""
 
+from itertools import accumulate
+from typing import Annotated, Literal
+
 from pydantic import Field, model_validator
 
 from tandem.config.section import Section
@@ -22,6 +25,20 @@ class Layout(Section):
     context: int = Field(1, gt=0)
     """Processes that split the tokens of a sequence; attention is split by heads meanwhile (Ulysses). Times `tensor`
     it must divide the attention heads."""
+    expert: int = Field(1, gt=0)
+    """Of a mixture of experts: of the processes that `shard` x `context` gives, how many neighbours split the experts
+    among them and send each other the tokens that belong there. Must divide their number and that of the experts."""
+    pipeline: int = Field(1, gt=0)
+    """Groups of processes that hold the model's layers in turn and pass on what they make of a micro-batch; all other
+    axes are within such a group. More micro-batches (`tokens_per_forward` smaller) leave fewer processes waiting."""
+    pipeline_chunks: int = Field(1, gt=0)
+    """Stages on each process of the pipeline. With more than one they are interleaved: less waiting, more traffic."""
+    pipeline_layers: list[Annotated[int, Field(gt=0)]] | None = None
+    """Layers of each stage, in order, `pipeline` x `pipeline_chunks` numbers; null for equal ones. The last stage also
+    computes the output head."""
+    pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """1f1b goes back through a micro-batch as soon as it can, and holds few of them; gpipe goes forward through all
+    first."""
     offload_parameters: bool = False
     """Keep each process's part of the weights in host memory; layers visit the device while they compute. Gradients
     then arrive in host memory too. Without effect where the device is the host."""
@@ -29,14 +46,18 @@ class Layout(Section):
     """Add up the gradients of micro-batches in host memory."""
 
     def sizes(self, world: int) -> tuple[int, int, int, int]:
-        """(replicate, shard, context, tensor) on `world` processes; ValueError where their product cannot be that."""
-        others = self.replicate * self.context * self.tensor
+        """(replicate, shard, context, tensor) of each of the pipeline's parts when there are `world` processes;
+        ValueError where the product of all cannot be that."""
+        others = self.pipeline * self.replicate * self.context * self.tensor
         shard = self.shard or max(1, world // others)
         if others * shard != world:
             raise ValueError(
-                f"replicate={self.replicate} x shard={self.shard or 'rest'} x context={self.context} x tensor="
-                f"{self.tensor} does not give {world} processes: set the axes so that their product is {world}"
+                f"pipeline={self.pipeline} x replicate={self.replicate} x shard={self.shard or 'rest'} x context="
+                f"{self.context} x tensor={self.tensor} does not give {world} processes: set the axes so that their "
+                f"product is {world}"
             )
+        if (shard * self.context) % self.expert:
+            raise ValueError(f"expert={self.expert} does not divide shard={shard} x context={self.context}")
         return self.replicate, shard, self.context, self.tensor
 
     @model_validator(mode="after")
@@ -44,3 +65,26 @@ class Layout(Section):
         if self.offload_parameters and self.offload_gradients:
             raise ValueError("offload_parameters takes the gradients along: leave offload_gradients false")
         return self
+
+    @model_validator(mode="after")
+    def _axes_agree(self) -> "Layout":
+        if self.expert > 1 and self.tensor > 1:
+            raise ValueError(f"expert={self.expert} needs tensor=1: experts are not split in both ways")
+        if self.pipeline == 1 and (self.pipeline_chunks > 1 or self.pipeline_layers):
+            raise ValueError("pipeline_chunks and pipeline_layers need pipeline > 1")
+        stages = self.pipeline * self.pipeline_chunks
+        if self.pipeline_layers and len(self.pipeline_layers) != stages:
+            raise ValueError(
+                f"pipeline_layers={self.pipeline_layers} has {len(self.pipeline_layers)} numbers; give {stages}, one "
+                "for each stage (pipeline x pipeline_chunks)"
+            )
+        return self
+
+    def stage_layers(self, layers: int) -> list[range]:
+        """The layers of each stage of a model with so many; ValueError where they are not shared out exactly."""
+        stages = self.pipeline * self.pipeline_chunks
+        counts = self.pipeline_layers or [layers // stages + (s < layers % stages) for s in range(stages)]
+        if sum(counts) != layers or not all(counts):
+            raise ValueError(f"{stages} stages of {counts} layers do not make up the model's {layers} layers")
+        ends = list(accumulate(counts))
+        return [range(end - count, end) for end, count in zip(ends, counts)]

@@ -29,6 +29,7 @@ FREE_ON_RESUME = (
     "device",
     "threads",
     "profile",
+    "placement",
     "eval",
     "checkpoint",
     "journal",

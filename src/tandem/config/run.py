@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from tandem.config.engine import Engine
+from tandem.config.placement import Placement
 from tandem.config.section import Section
 from tandem.config.sections import (
     Algorithm,
@@ -42,6 +43,7 @@ class Run(Section):
     """Supervised stage before the first step; only for `model.new` on a task of the project's own."""
     sampling: Sampling = Sampling()
     engine: Engine = Engine()
+    placement: Placement = Placement()
     reward: Reward
     algorithm: Algorithm = Algorithm()
     learner: Learner = Learner()
@@ -112,6 +114,18 @@ class Run(Section):
             raise ValueError(
                 "warmup needs model.new and a task of the project's own (data.train=tandem:NAME)"
             )
+        if self.placement.kind == "colocated" and s.max_lag:
+            raise ValueError(
+                f"sampling.max_lag={s.max_lag}: with placement.kind=colocated engines and learners take turns, so "
+                "older answers save no time; set it to 0, or placement.kind=apart"
+            )
+        if self.placement.kind != "inline" and self.engine.transfer not in ("auto", "files"):
+            raise ValueError(
+                f"engine.transfer={self.engine.transfer}: with placement.kind={self.placement.kind} weights travel "
+                "through files, or through Ray where transfer=auto and the nodes are several; use auto or files"
+            )
+        if self.placement.kind != "inline" and self.profile:
+            raise ValueError("profile=true traces this process; it needs placement.kind=inline")
         names = [f.name for f in self.reward.functions]
         if self.eval.correct and self.eval.correct not in names:
             raise ValueError(f"eval.correct={self.eval.correct!r} is not one of reward.functions: {names}")

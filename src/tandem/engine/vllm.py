@@ -173,6 +173,10 @@ class VllmEngine:
             self._llm.wake_up()
             self._asleep = False
 
+    def close(self) -> None:
+        """End the engine; it is of no use afterwards."""
+        self._port.stop(self._llm)
+
     def _check_ready(self) -> None:
         if self._broken:
             raise RunError(self._broken)

@@ -57,6 +57,11 @@ def start(arguments: dict[str, Any], sleep: bool) -> LLM:
     return llm
 
 
+def stop(llm: LLM) -> None:
+    """End the engine now: left to itself it ends when it is collected, and takes the groups of a newer one along."""
+    llm.llm_engine.engine_core.shutdown()
+
+
 def can_sleep() -> bool:
     return bool(current_platform.is_sleep_mode_available())
 

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from tandem.errors import RunError
 from tandem.model import LanguageModel
+from tandem.model.mixture import apart, is_mixture
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 CHUNK = 1 << 22
@@ -93,13 +94,16 @@ class ModelWeights:
 
 
 def named_tensors(model: LanguageModel) -> dict[str, Tensor]:
-    """The tensors themselves, by name: what is written into them is the model's."""
+    """The tensors themselves, by the name in a Hugging Face folder: what is written into them is the model's."""
     if isinstance(model.module, PeftModel):
         return dict(get_peft_model_state_dict(model.module))
     network = model.network
     shared = {name for name, _ in network.named_parameters(remove_duplicate=False)}
     buffers = {name: t for name, t in network.state_dict().items() if name not in shared}
-    return {**{name: p.detach() for name, p in network.named_parameters()}, **buffers}
+    own = {name: p.detach() for name, p in network.named_parameters()}
+    if is_mixture(network.config):
+        own = {view: part for name, tensor in own.items() for view, part in apart(name, tensor)}
+    return {**own, **buffers}
 
 
 def spec_of(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> TensorSpec:

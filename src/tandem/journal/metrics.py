@@ -103,7 +103,7 @@ _NAMES_ELSEWHERE = (
     (
         "timing/<stage>",
         "`timing/<stage>` (MindSpeed-RL)",
-        "stages do not overlap, so there is no `timing/non_overlap_*`; `timing/reward` is its `rule_reward`",
+        "here `timing/non_overlap_*` is for sampling alone; `timing/reward` is its `rule_reward`",
     ),
     ("frac_zero_std", "`frac_reward_zero_std` (TRL)", "none"),
 )
@@ -230,6 +230,11 @@ _UPDATE = {
 _TIME = {
     "timing/all": Metric("the whole step", "s", "evaluation and saving are not in it"),
     "timing/rollout": Metric("sampling the answers", "s", ""),
+    "timing/non_overlap_rollout": Metric(
+        "waiting for answers, with nothing to train on",
+        "s",
+        "with Ray only; what sampling beside training does not hide. timing/rollout then runs on its own clock",
+    ),
     "timing/reward": Metric("waiting for rewards after sampling", "s", ""),
     "timing/old_log_p": Metric(
         "log-probabilities before the update", "s", "absent where they are not needed"

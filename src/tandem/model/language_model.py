@@ -1,18 +1,21 @@
 """A causal language model: a Transformers module with its tokenizer, fed lines of tokens."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tandem.errors import ConfigError
 from tandem.model.attention import Layout, Rows
+from tandem.model.head import chosen_logprobs
+from tandem.model.mixture import apart, is_mixture
 from tandem.model.parallel.mesh import ALONE, Mesh, norm_of
+from tandem.types import BatchT
 
 
 class LanguageModel:
@@ -63,8 +66,7 @@ class LanguageModel:
     @property
     def max_positions(self) -> int:
         """Longest row; within a sliding window, where there is one, attention is the ordinary one."""
-        config = self.network.config
-        return min(config.max_position_embeddings, getattr(config, "sliding_window", None) or sys.maxsize)
+        return longest_row(self.network.config)
 
     @property
     def stop_tokens(self) -> frozenset[int]:
@@ -80,9 +82,59 @@ class LanguageModel:
         )
         return out.last_hidden_state[0]
 
+    def at(
+        self,
+        line_N: Tensor,
+        layout: Layout,
+        at_M: Tensor,
+        head: Callable[..., tuple[Tensor, ...]],
+        *columns_M: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """`head(hidden, *columns)`, the hidden states being those at the given places of the line."""
+        hidden_NH = self.hidden(line_N, layout.position_N, layout)
+        return head(hidden_NH.index_select(0, at_M), *columns_M)
+
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """[N, V] in float32."""
         return self._head(hidden_NH).float()
+
+    @property
+    def logits_width(self) -> int:
+        """Columns of what `logits` returns."""
+        return self.vocab_size
+
+    def chosen_logprobs(
+        self, logits_MV: Tensor, chosen_M: Tensor, entropy_gradient: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability of each chosen token and the entropy in nats, from what `logits` returns."""
+        return chosen_logprobs(logits_MV, chosen_M, entropy_gradient)
+
+    def forward_each(
+        self,
+        pieces: Iterable[tuple[Tensor, BatchT]],
+        work: Callable[[Tensor, BatchT], object],
+        *,
+        attention: str = "padded",
+    ) -> None:
+        """`work(rows, part)` for every micro-batch: row indices, and those rows.
+
+        `attention` is that of `token_logprobs`, for processes that have layers but not what `work` asks for.
+        """
+        for rows, part in pieces:
+            work(rows, part)
+
+    def backward_each(
+        self,
+        pieces: Iterable[tuple[Tensor, BatchT]],
+        loss: Callable[[Tensor, BatchT], Tensor],
+        after: Callable[[], None],
+        *,
+        attention: str = "padded",
+    ) -> None:
+        """The gradient of `loss(rows, part)` for every micro-batch, and `after()` each time it has come."""
+        for rows, part in pieces:
+            loss(rows, part).backward()
+            after()
 
     def base(self) -> AbstractContextManager[None]:
         """The model without its adapter, while inside; only for models that have one."""
@@ -101,6 +153,14 @@ class LanguageModel:
 
         Where the model lies on several processes all of them iterate, in step.
         """
+        for name, whole in self.whole_weights():
+            if is_mixture(self.network.config):
+                yield from apart(name, whole)
+            else:
+                yield name, whole
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """As `weights`, with all experts of a layer in one tensor, as the model has them."""
         named = dict(self.module.named_parameters())
         for name, weight in named.items():
             if ".lora_" in name:
@@ -122,6 +182,10 @@ class LanguageModel:
     def whole(self, name: str, weight: Tensor) -> Tensor:
         """All of the parameter of this name."""
         return weight
+
+    def wholes(self, named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """All of each of these parameters, and of those that only others have. All processes iterate, in step."""
+        return ((name, self.whole(name, weight)) for name, weight in named.items())
 
     @torch.no_grad()
     def take_over(self, other: "LanguageModel") -> None:
@@ -176,3 +240,8 @@ class LanguageModel:
             f"model.path={self.source}: {type(self.network).__name__} changes its logits after the output head "
             "(soft-capping or scaling), which is not supported; use a Qwen2, Qwen2.5, Qwen3 or Llama model"
         )
+
+
+def longest_row(config: PreTrainedConfig) -> int:
+    """Of a model with this configuration, in tokens."""
+    return min(config.max_position_embeddings, getattr(config, "sliding_window", None) or sys.maxsize)

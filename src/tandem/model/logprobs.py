@@ -35,37 +35,26 @@ def token_logprobs(
     padded = lay(length_B, prompt_length_B, group_B)
     layout = Documents(padded) if attention == "documents" else padded
     line_N, masked_N = layout.line(tokens_BT), layout.line(mask_BT)
-    hidden_NH = model.hidden(line_N, layout.position_N, layout)
-    chosen_M = line_N[masked_N]
-    hidden_MH = hidden_NH.index_select(0, layout.previous_N[masked_N])
 
     def head(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         logits_MV = model.logits(hidden)
-        return chosen_logprobs(
+        return model.chosen_logprobs(
             logits_MV if temperature == 1 else logits_MV / temperature, chosen, entropy_gradient
         )
 
-    size = max(1, logits_bytes // (4 * model.vocab_size))
-    if len(chosen_M) <= size:
-        logp_M, entropy_M = head(hidden_MH, chosen_M)
-    else:
+    def heads(hidden_MH: Tensor, chosen_M: Tensor) -> tuple[Tensor, ...]:
+        size = max(1, logits_bytes // (4 * model.logits_width))
+        if len(chosen_M) <= size:
+            return head(hidden_MH, chosen_M)
         parts = [
             checkpoint(head, hidden_MH[cut], chosen_M[cut], use_reentrant=False)
             for cut in slices(len(chosen_M), size)
         ]
-        logp_M, entropy_M = (torch.cat(column) for column in zip(*parts))
+        return tuple(torch.cat(column) for column in zip(*parts))
+
+    logp_M, entropy_M = model.at(line_N, layout, layout.previous_N[masked_N], heads, line_N[masked_N])
     empty_BT = torch.zeros(tokens_BT.shape, device=tokens_BT.device)
     return empty_BT.masked_scatter(mask_BT, logp_M), empty_BT.masked_scatter(mask_BT, entropy_M)
-
-
-def chosen_logprobs(
-    logits_MV: Tensor, chosen_M: Tensor, entropy_gradient: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of the chosen entry of each row, and the row's entropy in nats."""
-    logp_MV = logits_MV.log_softmax(-1)
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        entropy_M = -torch.linalg.vecdot(logp_MV.exp(), logp_MV)
-    return logp_MV.gather(-1, chosen_M[:, None]).squeeze(-1), entropy_M
 
 
 def slices(total: int, size: int) -> Iterator[slice]:

@@ -54,7 +54,8 @@ class CopiedEngine:
         return done
 
     def close(self) -> None:
-        """Remove weights that lie in files."""
+        """End the engine, and remove weights that lie in files."""
+        self.engine.close()
         if isinstance(self.road, FilesRoad):
             self.road.close()
 

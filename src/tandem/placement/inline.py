@@ -1,11 +1,12 @@
 """Everything in one process: the sampler decodes with the very weights that the actor trains."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from tandem.algorithms import KlController
@@ -13,6 +14,7 @@ from tandem.config.run import Run
 from tandem.data.cursor import Cursor
 from tandem.data.prompts import PromptSet
 from tandem.data.template import Renderer
+from tandem.device import captures, describe
 from tandem.engine import EmbeddedEngine, SamplingParams
 from tandem.errors import ConfigError
 from tandem.learner import Actor, Reference
@@ -39,17 +41,32 @@ class Roles:
     def publish(self, version: int) -> None:
         """Give the actor's weights to the sampler, and to the reference when it is due. In one process the sampler
         has them already, so only the number moves, unless the engine keeps a copy."""
+        self.serve(version)
+        if self.reference is not None and self.actor.run.refreshes_reference(version):
+            self.reference.refresh(self.actor)
+
+    def serve(self, version: int) -> None:
+        """The sampler samples from the actor's present weights, which are of this version."""
         if self.copy is not None:
             self.copy.send(version)
         self.sampler.version = version
-        if self.reference is not None and self.actor.run.refreshes_reference(version):
-            self.reference.refresh(self.actor)
+
+    def on_learners(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """`work(actor, reference, *arguments)`, in whichever process these are; in all of them, where there are
+        several, and the value is then that of the first."""
+        return work(self.actor, self.reference, *arguments)
+
+    def close(self) -> None:
+        """Let go of everything that would outlive the run."""
+        if self.copy is not None:
+            self.copy.close()
 
 
 def build(
     run: Run, model: LanguageModel, prompts: PromptSet, scorer: Scorer, reference_folder: Path | None = None
 ) -> Roles:
     """The roles of a run around a loaded policy. `reference_folder` holds the reference of a resumed run."""
+    check_attention(run, model.device)
     if run.learner.compile:
         compile_blocks(model)
     params = sampling_params(run, prompts.template)
@@ -88,6 +105,14 @@ def sampling_params(run: Run, template: Renderer) -> SamplingParams:
     )
 
 
+def check_attention(run: Run, device: torch.device) -> None:
+    """Document masks can be trained with where their kernel has a backward pass."""
+    if run.learner.attention == "documents" and not captures(device):
+        raise ConfigError(
+            f"learner.attention=documents: FlexAttention has no backward pass on {describe(device)}; use padded"
+        )
+
+
 def reference_of(run: Run, model: LanguageModel, folder: Path | None) -> Reference:
     """The model that the KL term pulls to: a given one, the policy without its adapter, or its copy."""
     if run.reference.path is not None:
@@ -107,7 +132,8 @@ def reference_of(run: Run, model: LanguageModel, folder: Path | None) -> Referen
         frozen = load_frozen(str(folder), run.model.dtype, model.device, run.model.trust_remote_code)
         return Reference(frozen, run, adapter_off=False)
     network = copy.deepcopy(model.network).requires_grad_(False)
-    return Reference(LanguageModel(network.eval(), model.tokenizer, model.source), run, adapter_off=False)
+    kept = LanguageModel(network.eval(), model.tokenizer, model.source)
+    return Reference(kept, run, adapter_off=False)
 
 
 def check_vocabulary(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, path: str) -> None:
@@ -122,12 +148,11 @@ def check_vocabulary(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerB
 
 
 def state(roles: Roles) -> Mapping[str, Any]:
-    """Everything small that a resumed run needs, as JSON values."""
+    """Everything small that a resumed run needs, as JSON values; that of the stream comes when it is called."""
     return {
-        "stream": roles.stream.state(),
+        "stream": roles.stream.mark(),
         "kl_coef": roles.kl.coef,
-        "nonfinite_in_a_row": roles.actor.nonfinite_in_a_row,
-        "updates": roles.actor.optimizer.updates,
+        **roles.actor.counters(),
         "failure_watch": roles.stream.watch.state(),
     }
 
@@ -135,9 +160,6 @@ def state(roles: Roles) -> Mapping[str, Any]:
 def restore(roles: Roles, saved: Mapping[str, Any], version: int) -> None:
     roles.stream.restore(saved["stream"])
     roles.kl.coef = saved["kl_coef"]
-    roles.actor.nonfinite_in_a_row = saved["nonfinite_in_a_row"]
-    roles.actor.optimizer.updates = saved["updates"]
+    roles.actor.restore_counters(saved)
     roles.stream.watch.restore(saved["failure_watch"])
-    if roles.copy is not None:
-        roles.copy.send(version)
-    roles.sampler.version = version
+    roles.serve(version)

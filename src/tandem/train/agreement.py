@@ -31,13 +31,13 @@ def check_agreement(actor: Actor, batch: Batch) -> None:
     raise RunError(
         f"sampler and trainer disagree: log-probability of token {column} of answer {row} is {theirs:.6f} for the "
         f"sampler and {ours:.6f} for the trainer, {int((gap_BT > 0).sum())} tokens are off by more than "
-        f"{TOLERANCE[actor.model.network.dtype]:g}. Cause: {cause}. Training would follow wrong ratios"
+        f"{TOLERANCE[actor.dtype]:g}. Cause: {cause}. Training would follow wrong ratios"
     )
 
 
 def excess(logp_BT: Tensor, batch: Batch, actor: Actor) -> Tensor:
     """How far each sampled token's difference is above the tolerance; not positive where the two agree."""
-    tolerance = TOLERANCE[actor.model.network.dtype]
+    tolerance = TOLERANCE[actor.dtype]
     allowed_BT = tolerance * (1 + logp_BT.abs())
     difference_BT = (logp_BT - batch.policy_logp_BT).abs().nan_to_num(nan=torch.inf)
     return torch.where(batch.mask_BT, difference_BT - allowed_BT, -1.0)

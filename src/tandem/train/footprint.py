@@ -1,5 +1,6 @@
 """Bytes that a run will take, in memory and on disk, from its configuration alone. docs/cli.md has the formulas."""
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,19 +8,22 @@ from pathlib import Path
 import psutil
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from tandem.config.run import Run
 from tandem.config.sections import Model
 from tandem.model import describe
 from tandem.model.attention import NAME
 from tandem.model.load import DTYPES, with_adapter
-from tandem.model.new import new_network
+from tandem.model.new import new_network, new_tokenizer
+from tandem.train.plan.axes import ALONE, Axes
 from tandem.train.snapshot import keeps_reference
 
 FLOAT = 4
 LOGIT_COPIES = 5
 """Tensors of the size of the logits that live at once: themselves, log-softmax, probabilities, two gradients."""
+EXPERT_COPIES = 2
+"""Tensors of a token's width that are kept for each expert it goes through."""
 SAMPLED_COPIES = 4
 TRUNCATED_COPIES = 8
 """The same while a token is drawn, without and with the sorting that top-k and top-p need."""
@@ -41,31 +45,62 @@ class Shape:
     """Outputs of all layers' key and value projections: cache entries per token."""
     vocabulary: int
     positions: int
+    heads: int
+    embedding: int
+    """Weights of the input embedding."""
+    head: int
+    """Weights of the output head, which every predicted token is multiplied with; may be the embedding's."""
+    tied: bool
+    dense: int
+    """Weights in the layers that every token is multiplied with, adapters among them, experts not."""
+    experts: int
+    """Experts in a layer; 0 where there are none."""
+    active: int
+    """Experts that a token goes through."""
+    expert_width: int
+    expert_parameters: int
+    """Of all experts in all layers."""
+    adapter: int
+    """Of `dense`, the weights of adapters."""
+
+    @property
+    def used(self) -> float:
+        """Weights in the layers that one token is multiplied with."""
+        return self.dense + (self.expert_parameters * self.active / self.experts if self.experts else 0)
+
+    def kept(self, axes: Axes) -> float:
+        """Numbers per token that one process of a layout keeps of a layer for the backward pass: two norms,
+        attention, gated feed-forward (or that of the experts, to which each token goes in copies)."""
+        attention = 2 * (self.query + self.key_value // self.layers) + 2 * self.query
+        between = 6 * self.hidden
+        if self.experts:
+            inner = self.active * (EXPERT_COPIES * self.hidden + 4 * self.expert_width)
+        else:
+            inner = 4 * self.feed_forward
+        return (between + attention + inner) / (axes.tensor * axes.context)
 
     @property
     def activations(self) -> int:
-        """Numbers kept per token and layer for the backward pass: two norms, attention, gated feed-forward."""
-        attention = 2 * (self.query + self.key_value // self.layers) + 2 * self.query
-        return 6 * self.hidden + attention + 4 * self.feed_forward
+        """The same on one process."""
+        return int(self.kept(ALONE))
 
 
-def shape_of(model: Model, tokenizer: PreTrainedTokenizerFast, path: str | None = None) -> Shape:
-    """The sizes of the policy, or of the model in `path`; ConfigError where an adapter finds no place."""
+def shape_of(model: Model, tokenizer: PreTrainedTokenizerFast | None, path: str | None = None) -> Shape:
+    """The sizes of the policy, or of the model in `path`; ConfigError where an adapter finds no place.
+
+    Only `model.new` needs the tokenizer.
+    """
     with torch.device("meta"):
-        if path is None and model.new is not None:
-            network = new_network(model.new, tokenizer, seed=0)
-        else:
-            trusted = model.trust_remote_code
-            config = describe(path or str(model.path), trusted)
-            network = AutoModelForCausalLM.from_config(
-                config, attn_implementation=NAME, trust_remote_code=trusted
-            )
+        network = bare_network(model, tokenizer, path)
         module: nn.Module = network
         linear = {name: m.out_features for name, m in network.named_modules() if isinstance(m, nn.Linear)}
         if path is None and model.lora is not None:
             module = with_adapter(network, model.lora, 0, None)
     text = network.config.get_text_config()
     layers = int(text.num_hidden_layers)
+    table, head = network.get_input_embeddings().weight, network.get_output_embeddings().weight
+    named = list(module.named_parameters())
+    experts = sum(p.numel() for name, p in named if EXPERT in name)
     return Shape(
         parameters=count(module),
         trainable=sum(p.numel() for p in module.parameters() if p.requires_grad),
@@ -76,7 +111,42 @@ def shape_of(model: Model, tokenizer: PreTrainedTokenizerFast, path: str | None 
         key_value=projected(linear, "k_proj") + projected(linear, "v_proj"),
         vocabulary=int(text.vocab_size),
         positions=min(text.max_position_embeddings, getattr(text, "sliding_window", None) or sys.maxsize),
+        heads=int(text.num_attention_heads),
+        embedding=table.numel(),
+        head=head.numel(),
+        tied=table is head,
+        dense=sum(
+            p.numel()
+            for name, p in named
+            if p.ndim == 2 and EXPERT not in name and p is not table and p is not head
+        ),
+        experts=experts_in(text) if experts else 0,
+        active=int(text.num_experts_per_tok) if experts else 0,
+        expert_width=int(getattr(text, "moe_intermediate_size", text.intermediate_size)),
+        expert_parameters=experts,
+        adapter=sum(p.numel() for name, p in named if ".lora_" in name),
     )
+
+
+EXPERT = ".experts."
+"""In the name of every weight of an expert."""
+
+
+def bare_network(
+    model: Model, tokenizer: PreTrainedTokenizerFast | None, path: str | None = None
+) -> PreTrainedModel:
+    """The policy's network, or that of the model in `path`, as its config says; call it on the meta device."""
+    if path is None and model.new is not None:
+        return new_network(model.new, tokenizer or new_tokenizer(), seed=0)
+    trusted = model.trust_remote_code
+    config = describe(path or str(model.path), trusted)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=NAME, trust_remote_code=trusted)
+
+
+def experts_in(config: PreTrainedConfig) -> int:
+    """Experts of a layer: families name it differently."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return next(int(config.to_dict()[name]) for name in names if name in config.to_dict())
 
 
 def count(module: nn.Module) -> int:
@@ -95,7 +165,7 @@ class Memory:
     sampling: dict[str, int]
     update: dict[str, int]
     host: dict[str, int]
-    """What learner.optimizer.offload puts in the memory of the host."""
+    """What learner.optimizer.offload and learner.layout put in the memory of the host."""
 
     @property
     def peak(self) -> int:
@@ -109,27 +179,63 @@ class Memory:
         return ", ".join(f"{name} {readable(size)}" for name, size in parts.items())
 
 
-def memory(run: Run, shape: Shape, longest_prompt: int, reference: Shape | None) -> Memory:
-    """What the run takes at its peak; `reference` is given where the run holds a reference model of its own."""
-    word = DTYPES[run.model.dtype].itemsize
+def memory(
+    run: Run, shape: Shape, longest_prompt: int, reference: Shape | None, axes: Axes = ALONE
+) -> Memory:
+    """What the fullest process of a layout takes at its peak; `reference` is given where the run holds a reference
+    model of its own, which lies as the policy does."""
+    word, layout = DTYPES[run.model.dtype].itemsize, run.learner.layout
     offload = run.learner.optimizer.offload
-    states = {"optimizer": 2 * shape.trainable * FLOAT}
+    weights, trained = held(shape, axes)
+    states = {"optimizer": 2 * trained * FLOAT}
     if word != FLOAT or offload:
-        states["master weights"] = shape.trainable * FLOAT
-    lasting = {"weights": shape.parameters * word}
+        states["master weights"] = trained * FLOAT
+    lasting, host = {"weights": weights * word}, {}
     if reference is not None:
-        lasting["reference"] = reference.parameters * word
-    host = {}
+        lasting["reference"] = held(reference, axes)[0] * word
     if offload:
-        host = states | {"gradients of the masters": shape.trainable * FLOAT}
+        host = states | {"gradients of the masters": trained * FLOAT}
     else:
         lasting |= states
+    updating = update(run, shape, longest_prompt, word, axes)
+    if layout.offload_parameters:
+        host["weights"] = lasting.pop("weights") + lasting.pop("reference", 0)
+    if layout.offload_parameters or layout.offload_gradients:
+        host["gradients"] = updating.pop("gradients")
     return Memory(
-        lasting=lasting,
-        sampling=sampling(run, shape, longest_prompt, word),
-        update=update(run, shape, longest_prompt, word),
-        host=host,
+        lasting=lasting, sampling=sampling(run, shape, longest_prompt, word), update=updating, host=host
     )
+
+
+def held(shape: Shape, axes: Axes) -> tuple[int, int]:
+    """Weights, and trained ones among them, that the fullest process holds all the time."""
+    stage = stage_layers(shape, axes) / shape.layers
+    outside = shape.embedding + (0 if shape.tied else shape.head)
+    here = outside if axes.pipeline == 1 else max(shape.embedding, shape.head)
+    processes = axes.tensor * axes.cut
+    weights = (shape.parameters - outside) * stage + here
+    trained = weights if shape.trainable == shape.parameters else shape.trainable * stage
+    return math.ceil(weights / processes), math.ceil(trained / processes)
+
+
+def stage_layers(shape: Shape, axes: Axes) -> int:
+    """Layers of the longest stage."""
+    return math.ceil(shape.layers / axes.pipeline)
+
+
+def gathered(shape: Shape, axes: Axes, word: int) -> int:
+    """Bytes of whole weights that are there only while they are used: those outside the layers, and of two layers
+    (one computes, the next arrives) with one layer's gradient, which is summed in float32."""
+    if axes.cut == 1:
+        return 0
+    outside = shape.embedding + (0 if shape.tied else shape.head)
+    here = outside if axes.pipeline == 1 else max(shape.embedding, shape.head)
+    layer = (
+        shape.parameters - outside - shape.expert_parameters + shape.expert_parameters / axes.expert
+    ) / shape.layers
+    trained = 1.0 if shape.trainable == shape.parameters else shape.trainable / shape.parameters
+    gradients = trained * (word + FLOAT)
+    return int((layer * (2 * word + gradients) + here * (word + trained * word)) / axes.tensor)
 
 
 def sampling(run: Run, shape: Shape, longest_prompt: int, word: int) -> dict[str, int]:
@@ -147,20 +253,24 @@ def sampling(run: Run, shape: Shape, longest_prompt: int, word: int) -> dict[str
     }
 
 
-def update(run: Run, shape: Shape, longest_prompt: int, word: int) -> dict[str, int]:
-    """Forward and backward of one micro-batch, with the gradients of all weights."""
+def update(run: Run, shape: Shape, longest_prompt: int, word: int, axes: Axes = ALONE) -> dict[str, int]:
+    """Forward and backward of one micro-batch, or of those on their way through a pipeline, with all gradients."""
     longest = longest_prompt + run.sampling.max_answer_tokens
     tokens = min(max(run.learner.tokens_per_forward, longest), run.rollouts_per_step * longest)
     answers = tokens * run.sampling.max_answer_tokens // longest
-    logits = min(answers * shape.vocabulary * FLOAT, run.learner.logits_mb * MIB)
-    kept = shape.layers * shape.activations
+    logits = answers * shape.vocabulary * FLOAT // (axes.tensor * axes.context)
+    layer = shape.kept(axes)
+    layers = stage_layers(shape, axes) * axes.pipeline
+    kept = layers * layer
     if run.learner.checkpointing:
-        kept = shape.layers * shape.hidden + shape.activations
-    return {
-        "gradients": shape.trainable * word,
-        "activations": tokens * kept * word,
-        "logits": logits * LOGIT_COPIES,
+        kept = layers * shape.hidden / (axes.tensor * axes.context) + layer
+    parts = {
+        "gradients": held(shape, axes)[1] * word,
+        "activations": int(tokens * kept * word),
+        "logits": min(logits, run.learner.logits_mb * MIB) * LOGIT_COPIES,
     }
+    whole = gathered(shape, axes, word)
+    return parts | ({"gathered weights": whole} if whole else {})
 
 
 def disk(run: Run, shape: Shape, longest_prompt: int) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,9 +19,13 @@ from tandem.data.prompts import PromptSet, load_prompts
 from tandem.device import describe, pick, set_threads, synchronize
 from tandem.errors import ConfigError
 from tandem.journal import Journal, Summary, Timer, draw, read_metrics, sample_answers
+from tandem.learner import Actor, Reference
 from tandem.model import LanguageModel, tokenizer_of
+from tandem.model import describe as describe_model
 from tandem.model import load as load_model
+from tandem.model.language_model import longest_row
 from tandem.placement import inline
+from tandem.placement.cluster.build import build
 from tandem.rewards.scorer import Scorer
 from tandem.train import snapshot
 from tandem.train.interrupt import Interrupted, Interruption
@@ -29,6 +33,9 @@ from tandem.train.reinforce import reinforce
 from tandem.train.session import Session
 from tandem.train.supervised import demonstrations, supervise, warmup_optimizer
 from tandem.types import Prompt
+
+ROLES = {"inline": inline.build, "colocated": build, "apart": build}
+"""Who makes the roles, by `placement.kind`."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,7 +80,8 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
     if resume is not None:
         check_same(run, resume, launch)
     console.print(run.arithmetic(), highlight=False)
-    device = pick(run.device)
+    # Elsewhere the accelerators belong to the workers.
+    device = pick(run.device if run.placement.kind == "inline" else "cpu")
     set_threads(run.threads)
     torch.manual_seed(run.seed)
     scorer = stack.enter_context(Scorer(run.reward, run.sampling.max_answer_tokens))
@@ -84,16 +92,21 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
     scorer.ready()
     journal = stack.enter_context(Journal(run, folder, console))
     weights = resume / snapshot.MODEL if resume is not None else None
-    model = load_model(run.model, tokenizer, device, seed=run.seed, resume=weights)
-    check_lengths(run, model, [*prompts.prompts, *held_out])
+    model = None
+    if run.placement.kind == "inline" or (resume is None and run.warmup is not None):
+        model = load_model(run.model, tokenizer, device, seed=run.seed, resume=weights)
+    check_lengths(run, max_positions(run, model), [*prompts.prompts, *held_out])
     (folder / "config.yaml").write_text(dump(run), encoding="utf-8")
     step = 0 if resume is None else read_json(resume / "state.json")["step"]
     journal.rewind(step - 1)
     warmed = 0.0
     if resume is None and run.warmup is not None:
+        assert model is not None
         warmed = warm_up(run, model, prompts, journal, interruption)
     reference = resume / snapshot.REFERENCE if resume is not None and snapshot.keeps_reference(run) else None
-    roles = inline.build(run, model, prompts, scorer, reference)
+    roles = stack.enter_context(
+        closing(ROLES[run.placement.kind](run, model or weights, prompts, scorer, reference))
+    )
     if resume is not None:
         snapshot.restore(resume, roles, prompts.fingerprint)
         console.print(f"going on from {resume}, {step} of {run.steps} steps done", highlight=False)
@@ -107,14 +120,24 @@ def held_out_questions(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[Pro
     return list(load_prompts(run.data, run.data.eval, tokenizer, limit=run.eval.questions).prompts)
 
 
-def check_lengths(run: Run, model: LanguageModel, prompts: Sequence[Prompt]) -> None:
+def max_positions(run: Run, model: LanguageModel | None) -> int:
+    """Of the policy, from its description where it is not loaded in this process."""
+    if model is not None:
+        return model.max_positions
+    if run.model.new is not None:
+        return run.model.new.max_positions
+    assert run.model.path is not None
+    return longest_row(describe_model(run.model.path, run.model.trust_remote_code))
+
+
+def check_lengths(run: Run, positions: int, prompts: Sequence[Prompt]) -> None:
     """The longest prompt and answer must fit the model's positions."""
     longest = max(len(prompt.tokens) for prompt in prompts)
     total = longest + run.sampling.max_answer_tokens
-    if total > model.max_positions:
+    if total > positions:
         raise ConfigError(
             f"the longest prompt ({longest} tokens) and sampling.max_answer_tokens={run.sampling.max_answer_tokens}"
-            f" make {total}, above the model's {model.max_positions} positions; lower sampling.max_answer_tokens, or "
+            f" make {total}, above the model's {positions} positions; lower sampling.max_answer_tokens, or "
             "data.max_prompt_tokens with data.on_overlong=skip"
         )
 
@@ -180,8 +203,8 @@ def finish(run: Run, launch: Launch, session: Session, seconds: float) -> Summar
     """Export the model, draw the curve, write the summary, and say where everything is."""
     folder, console = Path(run.run_dir), launch.console
     session.journal.close()
-    model = session.roles.actor.model
-    export(model.save_merged, folder / "model")
+    roles = session.roles
+    export(lambda place: roles.on_learners(save_merged, place), folder / "model")
     metrics = read_metrics(folder / "metrics.jsonl")
     evaluated = [row for row in metrics if "eval/accuracy" in row]
     summary = Summary(
@@ -194,11 +217,19 @@ def finish(run: Run, launch: Launch, session: Session, seconds: float) -> Summar
     )
     if any("reward/mean" in row or "eval/accuracy" in row for row in metrics):
         draw(folder / "metrics.jsonl", folder / "curve.png")
-    summary.write(folder / "summary.json", run, describe(model.device))
+    summary.write(folder / "summary.json", run, roles.on_learners(device_name))
     if session.first and session.last and run.journal.samples:
         console.print(sample_answers(session.first.greedy, session.last.greedy, count=run.journal.samples))
     console.print(summary.closing(run, folder), highlight=False, markup=False)
     return summary
+
+
+def save_merged(actor: Actor, reference: Reference | None, folder: Path) -> None:
+    actor.model.save_merged(folder)
+
+
+def device_name(actor: Actor, reference: Reference | None) -> str:
+    return describe(actor.model.device)
 
 
 def eval_figures(row: dict[str, float]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from tandem.data.prompts import PromptSet
 from tandem.device import allocated_bytes
 from tandem.errors import RunError
 from tandem.journal import Journal, Timer, throughput
+from tandem.learner import Actor, Reference
 from tandem.placement import inline
 from tandem.placement.inline import Roles
 from tandem.train import snapshot
@@ -123,13 +124,17 @@ class Session:
         rates = throughput(prompt_tokens, sum(r.answer_length for r in rollouts), seconds)
         memory = {
             "memory/rss_mb": psutil.Process().memory_info().rss / 2**20,
-            "memory/device_mb": allocated_bytes(self.roles.actor.model.device) / 2**20,
+            "memory/device_mb": self.roles.on_learners(device_bytes) / 2**20,
         }
         return seconds | rates | memory
 
     def _epochs(self) -> float:
         cursor = self.roles.stream.cursor
         return cursor.epoch + cursor.index / cursor.size
+
+
+def device_bytes(actor: Actor, reference: Reference | None) -> int:
+    return allocated_bytes(actor.model.device)
 
 
 def step_figures(groups: list[Group]) -> dict[str, float]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from tandem.checkpoint import (
     optimizer_tensors,
     read_json,
@@ -16,13 +18,16 @@ from tandem.checkpoint import (
     write_json,
     write_tensors,
 )
+from tandem.checkpoint.sharded import read_sharded, write_sharded
 from tandem.config import dump
 from tandem.config.run import Run
 from tandem.errors import RunError
+from tandem.learner import Actor, Reference
+from tandem.model.parallel.model import ShardedModel
 from tandem.placement import inline
 from tandem.placement.inline import Roles
 
-MODEL, REFERENCE = "model", "reference"
+MODEL, REFERENCE, SHARDED = "model", "reference", "sharded"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,19 +44,32 @@ class Boundary:
 
 def write(folder: Path, run: Run, roles: Roles, boundary: Boundary) -> None:
     """All files of a checkpoint but its manifest."""
-    roles.actor.model.save(folder / MODEL)
-    if keeps_reference(run):
-        assert roles.reference is not None
-        roles.reference.model.save(folder / REFERENCE)
-    optimizer = roles.actor.optimizer
-    tensors, figures = optimizer_tensors(optimizer.adamw, optimizer.parameter_names)
-    write_tensors(folder / "optimizer.safetensors", tensors)
-    write_tensors(folder / "masters.safetensors", optimizer.master_tensors)
-    generators, words = rng_state()
-    write_tensors(folder / "random.safetensors", generators)
-    state = {"step": boundary.step, "roles": boundary.roles, "data": boundary.data}
-    write_json(folder / "state.json", {**state, "optimizer": figures, "random": words})
+    learned = roles.on_learners(write_learned, folder, keeps_reference(run))
+    small = {**boundary.roles, "stream": boundary.roles["stream"]()}
+    state = {"step": boundary.step, "roles": small, "data": boundary.data}
+    write_json(folder / "state.json", {**state, **learned})
     (folder / "config.yaml").write_text(dump(run), encoding="utf-8")
+
+
+def write_learned(
+    actor: Actor, reference: Reference | None, folder: Path, with_reference: bool
+) -> dict[str, Any]:
+    """Weights, optimizer and random numbers; returns what of them goes into state.json."""
+    if with_reference:
+        assert reference is not None
+        reference.model.save(folder / REFERENCE)
+    figures: dict[str, Any] = {}
+    if isinstance(actor.model, ShardedModel):
+        write_sharded(folder / SHARDED, actor.model, actor.optimizer)
+    else:
+        actor.model.save(folder / MODEL)
+        tensors, figures = optimizer_tensors(actor.optimizer.adamw, actor.optimizer.parameter_names)
+        write_tensors(folder / "optimizer.safetensors", tensors)
+        write_tensors(folder / "masters.safetensors", actor.optimizer.master_tensors)
+    generators, words = rng_state()
+    if not isinstance(actor.model, ShardedModel) or dist.get_rank() == 0:
+        write_tensors(folder / "random.safetensors", generators)
+    return {"optimizer": figures, "random": words}
 
 
 def restore(folder: Path, roles: Roles, data: str) -> int:
@@ -62,13 +80,33 @@ def restore(folder: Path, roles: Roles, data: str) -> int:
             f"{folder}: the questions of data.train changed since this checkpoint, so its place in them means nothing; "
             "restore the file, or start anew with --fresh"
         )
-    optimizer = roles.actor.optimizer
-    tensors = read_tensors(folder / "optimizer.safetensors")
-    restore_optimizer(optimizer.adamw, optimizer.parameter_names, tensors, state["optimizer"])
-    optimizer.restore_masters(read_tensors(folder / "masters.safetensors"))
-    restore_rng(read_tensors(folder / "random.safetensors"), state["random"])
+    roles.on_learners(read_learned, folder, state["optimizer"], state["random"])
     inline.restore(roles, state["roles"], state["step"])
     return state["step"]
+
+
+def read_learned(
+    actor: Actor,
+    reference: Reference | None,
+    folder: Path,
+    figures: Mapping[str, Any],
+    words: Mapping[str, Any],
+) -> None:
+    """What `write_learned` wrote, but for weights that were loaded from there."""
+    sharded = (folder / SHARDED).is_dir()
+    if sharded != isinstance(actor.model, ShardedModel):
+        wrote = "several learners" if sharded else "one learner"
+        raise RunError(
+            f"{folder} was written by {wrote}: go on with placement.learners {'above' if sharded else '='} 1, or begin "
+            "from its weights with model.path"
+        )
+    if isinstance(actor.model, ShardedModel):
+        read_sharded(folder / SHARDED, actor.model, actor.optimizer)
+    else:
+        tensors = read_tensors(folder / "optimizer.safetensors")
+        restore_optimizer(actor.optimizer.adamw, actor.optimizer.parameter_names, tensors, figures)
+        actor.optimizer.restore_masters(read_tensors(folder / "masters.safetensors"))
+    restore_rng(read_tensors(folder / "random.safetensors"), words)
 
 
 def keeps_reference(run: Run) -> bool:

@@ -70,7 +70,7 @@ def write_folder(folder: Path, model: LanguageModel) -> None:
 def write_adapter(folder: Path, model: LanguageModel) -> None:
     """The folder of a PEFT adapter."""
     assert isinstance(model.module, PeftModel)
-    whole = {name: model.whole(name, weight).cpu() for name, weight in model.trainable().items()}
+    whole = {name: weight.cpu() for name, weight in model.wholes(model.trainable())}
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({adapter_key(name): values for name, values in whole.items()}, folder / ADAPTER)

@@ -15,8 +15,11 @@ from tandem.model.parallel.mesh import Mesh
 from tandem.model.parallel.share import shares
 from tandem.types import Batch
 
+TOKEN_AXES = ("pipeline", "data", "context", "tensor")
 WEIGHT_AXES = ("tensor", "replicate", "shard")
 """How a weight is cut: first by `tensor`, then each part over `shard` times `context`; `replicate` copies it."""
+EXPERT_AXES = ("expert", "replicate", "shard")
+"""How the experts of a mixture are cut: first over neighbours, then each part over the other processes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +32,11 @@ class Axis:
 
 
 class Grid(Mesh):
-    """Many processes, rank = ((replicate * shards + shard) * contexts + context) * tensors + tensor.
+    """Many processes, rank = (((pipeline * replicates + replicate) * shards + shard) * contexts + context) * tensors
+    + tensor, where the letters with s are the sizes.
 
-    Neighbouring ranks talk most, so the tensor axis is the innermost. Collective: every rank makes it at once.
+    Neighbouring ranks talk most, so the tensor axis is the innermost and the pipeline the outermost. Collective: every
+    rank makes it at once.
     """
 
     def __init__(self, layout: Layout, device: torch.device, where: str) -> None:
@@ -41,32 +46,55 @@ class Grid(Mesh):
             replicate, shard, context, tensor = layout.sizes(world)
         except ValueError as cause:
             raise ConfigError(f"{where}: {cause}") from None
-        rank_RSCT = torch.arange(world).view(replicate, shard, context, tensor)
-        tokens = DeviceMesh(
-            device.type, rank_RSCT.flatten(0, 1), mesh_dim_names=("data", "context", "tensor")
-        )
-        self._data, self.context, self.tensor = (axis(tokens, name) for name in ("data", "context", "tensor"))
+        rank_PRSCT = torch.arange(world).view(layout.pipeline, replicate, shard, context, tensor)
+        tokens = DeviceMesh(device.type, rank_PRSCT.flatten(1, 2), mesh_dim_names=TOKEN_AXES)
+        self.pipeline, self._data, self.context, self.tensor = (axis(tokens, name) for name in TOKEN_AXES)
         self.data_rank = self._data.rank
-        rank_TRF = rank_RSCT.permute(3, 0, 1, 2).flatten(2)
-        self.weights = DeviceMesh(device.type, rank_TRF, mesh_dim_names=WEIGHT_AXES)
-        # Files are read and written through host memory.
-        self.host = (
-            self.weights if device.type == "cpu" else DeviceMesh("cpu", rank_TRF, mesh_dim_names=WEIGHT_AXES)
-        )
+        rank_PTRF = rank_PRSCT.permute(0, 4, 1, 2, 3).flatten(3)
+        self.weights, self.host, self.sharding = self._cuts(rank_PTRF, WEIGHT_AXES)
+        self.expert = Axis(size=1, rank=0, group=self.tensor.group)
+        if layout.expert > 1:
+            rank_PERF = rank_PTRF.unflatten(3, (-1, layout.expert)).movedim(-1, 1).flatten(2, 3)
+            self.experts, self.experts_host, self.experts_sharding = self._cuts(rank_PERF, EXPERT_AXES)
+            self.expert = axis(self.experts, "expert")
         self.fully_sharded = replicate * shard * context > 1 or layout.offload_parameters
         self.replicate, self.world = replicate, world
+
+    def _cuts(self, rank_PCRF: Tensor, axes: tuple[str, ...]) -> tuple[DeviceMesh, DeviceMesh, DeviceMesh]:
+        """How weights are cut over this process's part of the pipeline: there, in host memory, through which files
+        are read and written, and without the first axis, for FSDP2."""
+        names = ("pipeline", *axes)
+        whole = DeviceMesh(self.device.type, rank_PCRF, mesh_dim_names=names)
+        host = whole if self.device.type == "cpu" else DeviceMesh("cpu", rank_PCRF, mesh_dim_names=names)
+        replicated = rank_PCRF.shape[2] > 1
+        return whole[axes], host[axes], whole[axes[1:] if replicated else axes[2]]
 
     def shares(self, batch: Batch) -> list[Tensor]:
         return shares(batch.length_B, batch.prompt_length_B, batch.group_B, self._data.size)
 
     def sum(self, values: Tensor) -> Tensor:
-        if self._data.size == 1:
-            return values
         placed = values.to(self.device)
-        dist.all_reduce(placed, group=self._data.group)
+        for axis in (self._data, self.pipeline):
+            if axis.size > 1:
+                dist.all_reduce(placed, group=axis.group)
         return placed.to(values.device)
 
     def combine(self, sums: Mapping[str, float]) -> dict[str, float]:
+        if self.pipeline.size == 1:
+            return self._over_data(sums)
+        # Only the last of a pipeline has figures.
+        last = self.pipeline.rank == self.pipeline.size - 1
+        said = [self._over_data(sums) if last else {}]
+        dist.broadcast_object_list(said, group_src=self.pipeline.size - 1, group=self.pipeline.group)
+        return said[0]
+
+    def over_stages(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """What all processes of a pipeline know, together. Collective."""
+        said: list[Mapping[str, float]] = [{}] * self.pipeline.size
+        dist.all_gather_object(said, dict(figures), group=self.pipeline.group)
+        return {name: value for mapping in said for name, value in mapping.items()}
+
+    def _over_data(self, sums: Mapping[str, float]) -> dict[str, float]:
         if self._data.size == 1:
             return dict(sums)
         names = sorted(sums)

@@ -9,6 +9,7 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -17,10 +18,13 @@ from tandem.config.sections import Lora, Model
 from tandem.errors import ConfigError
 from tandem.model.attention import NAME
 from tandem.model.load import DTYPES, describe, existing, load_tokenizer, with_adapter
+from tandem.model.mixture import apart, is_mixture
 from tandem.model.new import new_network
+from tandem.model.parallel.expert import first_row
 from tandem.model.parallel.grid import Grid
 from tandem.model.parallel.mesh import local
 from tandem.model.parallel.model import ShardedModel
+from tandem.model.parallel.pipeline import PipelinedModel
 from tandem.model.parallel.shard import on_grid
 
 
@@ -44,7 +48,12 @@ def load_sharded(
         raise ConfigError(
             f"model.lora.dropout={config.lora.dropout} needs {where}.tensor=1: each part would drop its own"
         )
-    model = ShardedModel(module, tokenizer, source, grid, where)
+    if any(isinstance(inner, ParamWrapper) for inner in module.modules()):
+        raise ConfigError(
+            f"model.lora.targets={config.lora.targets}: on many processes the experts and routers of a mixture cannot "
+            "have adapters; name the layers of attention, [q_proj, k_proj, v_proj, o_proj]"
+        )
+    model = kind_of(grid)(module, tokenizer, source, grid, where)
     if config.new is None:
         read_weights(model, Path(downloaded(source)))
     model.check_forward()
@@ -57,10 +66,14 @@ def load_frozen_sharded(
     """A model that is only read, on the processes of a grid. Collective."""
     source = existing(path)
     network = empty_network(source, DTYPES[dtype], trust_remote_code).requires_grad_(False).eval()
-    model = ShardedModel(network, load_tokenizer(source, trust_remote_code), source, grid, where)
+    model = kind_of(grid)(network, load_tokenizer(source, trust_remote_code), source, grid, where)
     read_weights(model, Path(downloaded(source)))
     model.check_forward()
     return model
+
+
+def kind_of(grid: Grid) -> type[ShardedModel]:
+    return ShardedModel if grid.pipeline.size == 1 else PipelinedModel
 
 
 def adapted(network: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
@@ -102,8 +115,19 @@ def downloaded(source: str) -> str:
 
 def read_weights(model: ShardedModel, folder: Path) -> None:
     """Fill the weights that no adapter brings from a folder's safetensors; only this process's slices are read."""
-    named = model.module.named_parameters()
-    read(model, {model.hf_name(n): Target(n, w, local(w)) for n, w in named if ".lora_" not in n}, folder)
+    targets = {}
+    for name, weight in model.module.named_parameters():
+        if ".lora_" in name:
+            continue
+        key = model.hf_name(name)
+        if is_mixture(model.network.config):
+            first = first_row(weight, model.parts[name], model.grid)
+            views = list(apart(key, local(weight), first))
+            if [view for view, _ in views] != [key]:
+                targets |= {view: Target(name, weight, values, whole=True) for view, values in views}
+                continue
+        targets[key] = Target(name, weight, local(weight))
+    read(model, targets, folder)
 
 
 class Target(NamedTuple):
@@ -114,6 +138,8 @@ class Target(NamedTuple):
     """The parameter that it is, or belongs to."""
     values: Tensor
     """What is here of it, or of what belongs to it."""
+    whole: bool = False
+    """The tensor of the file is here whole, one of several that make up the parameter."""
 
 
 def read(model: ShardedModel, targets: Mapping[str, Target], folder: Path) -> None:
@@ -126,7 +152,9 @@ def read(model: ShardedModel, targets: Mapping[str, Target], folder: Path) -> No
             f"{folder} lacks {len(missing)} weights: {', '.join(missing[:5])}; use a whole folder"
         )
     pieces = {
-        key: on_grid(target.values, target.weight, model.parts[target.name], model.grid, host=True)
+        key: target.values.cpu()
+        if target.whole
+        else on_grid(target.values, target.weight, model.parts[target.name], model.grid, host=True)
         for key, target in targets.items()
     }
     for key, piece in pieces.items():
@@ -138,7 +166,7 @@ def read(model: ShardedModel, targets: Mapping[str, Target], folder: Path) -> No
     read_alone(pieces, folder)
     with torch.no_grad():
         for key, target in targets.items():
-            read_in = pieces[key].to_local()
+            read_in = local(pieces[key])
             if target.values.data_ptr() != read_in.data_ptr():
                 target.values.copy_(read_in)
 

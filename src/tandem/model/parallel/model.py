@@ -7,16 +7,14 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tandem.errors import ConfigError
-from tandem.model.attention import Layout, Rows, lay
-from tandem.model.flex import Documents
+from tandem.model.attention import Layout, Rows
 from tandem.model.language_model import LanguageModel
-from tandem.model.logprobs import chosen_logprobs, slices
-from tandem.model.parallel import tensor
+from tandem.model.parallel import expert, tensor
 from tandem.model.parallel.context import Cut, spread
+from tandem.model.parallel.fit import check_fit
 from tandem.model.parallel.folder import write_adapter, write_folder
 from tandem.model.parallel.grid import Grid
 from tandem.model.parallel.mesh import local
@@ -37,11 +35,20 @@ class ShardedModel(LanguageModel):
         super().__init__(module, tokenizer, source)
         self.mesh = self.grid = grid
         self._sequence = grid.tensor.size > 1 and grid.layout.sequence
-        check_heads(self.network, grid, where)
+        check_fit(grid.layout, self.network.config, grid.world, where)
         self.parts = tensor.split(module, self.network, grid.tensor, self._sequence, where)
+        self.parts |= expert.split(module, grid.expert)
+        self._leave_out()
         self.root = Root(module)
         fully_shard_all(self.root, self.decoder.layers, grid)
         self._place()
+
+    def _leave_out(self) -> None:
+        """Let go of the layers that are another process's."""
+
+    def _tie(self) -> None:
+        """Make output head and embedding one weight again, where they are."""
+        self.network.tie_weights()
 
     def _place(self) -> None:
         """Give storage to weights that have none, and bring the others to where they belong."""
@@ -51,46 +58,11 @@ class ShardedModel(LanguageModel):
         for buffer_owner in self.root.modules():
             for name, buffer in buffer_owner.named_buffers(recurse=False):
                 setattr(buffer_owner, name, buffer.to(self.grid.device))
-        self.network.tie_weights()
+        self._tie()
 
     @property
     def device(self) -> torch.device:
         return self.grid.device
-
-    def token_logprobs(
-        self,
-        tokens_BT: Tensor,
-        mask_BT: Tensor,
-        length_B: Tensor,
-        *,
-        prompt_length_B: Tensor | None = None,
-        group_B: Tensor | None = None,
-        temperature: float,
-        logits_bytes: int,
-        entropy_gradient: bool = False,
-        attention: str = "padded",
-    ) -> tuple[Tensor, Tensor]:
-        """As `tandem.model.token_logprobs`; the result and its gradient are those of one process."""
-        padded = lay(length_B, prompt_length_B, group_B)
-        layout = Documents(padded) if attention == "documents" else padded
-        line_N, masked_N = layout.line(tokens_BT), layout.line(mask_BT)
-
-        def head(hidden_MH: Tensor, chosen_M: Tensor) -> tuple[Tensor, Tensor]:
-            return self.chosen_logprobs(self.logits(hidden_MH) / temperature, chosen_M, entropy_gradient)
-
-        def heads(hidden_MH: Tensor, chosen_M: Tensor) -> tuple[Tensor, ...]:
-            size = max(1, logits_bytes // (4 * self.logits_width))
-            if len(chosen_M) <= size:
-                return head(hidden_MH, chosen_M)
-            parts = [
-                checkpoint(head, hidden_MH[cut], chosen_M[cut], use_reentrant=False)
-                for cut in slices(len(chosen_M), size)
-            ]
-            return tuple(torch.cat(column) for column in zip(*parts))
-
-        logp_M, entropy_M = self.at(line_N, layout, layout.previous_N[masked_N], heads, line_N[masked_N])
-        empty_BT = torch.zeros(tokens_BT.shape, device=tokens_BT.device)
-        return empty_BT.masked_scatter(mask_BT, logp_M), empty_BT.masked_scatter(mask_BT, entropy_M)
 
     def at(
         self,
@@ -100,8 +72,8 @@ class ShardedModel(LanguageModel):
         head: Callable[..., tuple[Tensor, ...]],
         *columns_M: Tensor,
     ) -> tuple[Tensor, ...]:
-        """`head(hidden, *columns)` at places of the line: [M] each, the same on all processes. The head runs where
-        the weights are gathered, once for the places that are held here."""
+        """As for a whole model, [M] each and the same on all processes. The head runs where the weights are gathered,
+        once, for the places that are held here."""
         return self.root(self._at, line_N, layout, at_M, head, *columns_M)
 
     def _at(
@@ -121,16 +93,15 @@ class ShardedModel(LanguageModel):
 
     @property
     def logits_width(self) -> int:
-        """Columns of what `logits` returns: this process's part of the vocabulary."""
+        """This process's part of the vocabulary."""
         return self.vocab_size // self.grid.tensor.size
 
     def chosen_logprobs(
         self, logits_MV: Tensor, chosen_M: Tensor, entropy_gradient: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Log-probability of each chosen token and the entropy in nats, from what `logits` returns."""
         if self.grid.tensor.size > 1:
             return tensor.chosen_logprobs(logits_MV, chosen_M, self.grid.tensor, entropy_gradient)
-        return chosen_logprobs(logits_MV, chosen_M, entropy_gradient)
+        return super().chosen_logprobs(logits_MV, chosen_M, entropy_gradient)
 
     def _cut(self, tokens: int) -> Cut:
         return Cut(tokens, self.grid.context, self.grid.tensor.size if self._sequence else 1)
@@ -144,11 +115,13 @@ class ShardedModel(LanguageModel):
         tensor.sum_parts(gradients, self.parts, self.grid.tensor)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for name, gradient in gradients.items():
-            # How many processes hold these very values.
-            copies = self.grid.replicate * (self.grid.tensor.size if self.parts[name].dim is None else 1)
-            total += torch.linalg.vector_norm(gradient.float()).to(total).square() / copies
+            total += torch.linalg.vector_norm(gradient.float()).to(total).square() / self._copies(name)
         dist.all_reduce(total)
         return total.sqrt().float()
+
+    def _copies(self, name: str) -> int:
+        """How many processes hold the very same values of a weight as this one."""
+        return self.grid.replicate * (self.grid.tensor.size if self.parts[name].dim is None else 1)
 
     def whole(self, name: str, weight: Tensor) -> Tensor:
         return on_grid(local(weight), weight, self.parts[name], self.grid).full_tensor()
@@ -157,10 +130,12 @@ class ShardedModel(LanguageModel):
     def take_over(self, other: LanguageModel) -> None:
         """Copy the weights of a model of the same shape and any layout."""
         ours = {self.hf_name(name): (name, weight) for name, weight in self.module.named_parameters()}
-        for hf_name, values in other.weights():
+        for hf_name, values in other.whole_weights():
+            if hf_name not in ours:
+                continue
             name, weight = ours[hf_name]
             piece = on_grid(local(weight), weight, self.parts[name], self.grid)
-            everywhere = type(piece).from_local(values.to(self.device), self.grid.weights, run_check=False)
+            everywhere = type(piece).from_local(values.to(self.device), piece.device_mesh, run_check=False)
             local(weight).copy_(everywhere.redistribute(placements=piece.placements).to_local())
 
     def save(self, folder: Path) -> None:
@@ -190,13 +165,3 @@ class ShardedModel(LanguageModel):
             layout=spread(rows, cut),
         )
         return ours_nV, theirs.logits[0].float()
-
-
-def check_heads(network: PreTrainedModel, grid: Grid, where: str) -> None:
-    heads, split = network.config.num_attention_heads, grid.tensor.size * grid.context.size
-    if heads % split:
-        raise ConfigError(
-            f"{where}: tensor={grid.tensor.size} x context={grid.context.size} does not divide the model's {heads} "
-            f"attention heads; choose them so that their product is one of "
-            f"{[n for n in range(1, heads + 1) if heads % n == 0]}"
-        )

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from tandem.model.mixture import experts_in
 from tandem.model.parallel.grid import Grid
 from tandem.model.parallel.tensor import Part, whole_shape
 
@@ -36,14 +37,15 @@ def fully_shard_all(root: Root, layers: Iterable[nn.Module], grid: Grid) -> None
         return
     offload = grid.layout.offload_parameters and grid.device.type != "cpu"
     options = {
-        "mesh": grid.weights["replicate", "shard"] if grid.replicate > 1 else grid.weights["shard"],
         "reshard_after_forward": True,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
     for layer in layers:
-        fully_shard(layer, **options)
-    fully_shard(root, **options)
+        for experts in experts_in(layer) if grid.expert.size > 1 else ():
+            fully_shard(experts, mesh=grid.experts_sharding, **options)
+        fully_shard(layer, mesh=grid.sharding, **options)
+    fully_shard(root, mesh=grid.sharding, **options)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -52,10 +54,13 @@ def fully_shard_all(root: Root, layers: Iterable[nn.Module], grid: Grid) -> None
 
 def on_grid(values: Tensor, weight: Tensor, part: Part, grid: Grid, *, host: bool = False) -> DTensor:
     """This process's `values` for a weight (the weight, its gradient or its moments) as a piece of the whole; on the
-    host a copy, unless they are there. Rows over `shard` come after the cut over `tensor`."""
-    mesh = grid.host if host else grid.weights
+    host a copy, unless they are there. Rows over `shard` come after the cut over `tensor` or `expert`."""
+    if part.expert:
+        mesh, axis = grid.experts_host if host else grid.experts, grid.expert
+    else:
+        mesh, axis = grid.host if host else grid.weights, grid.tensor
     sharded = isinstance(weight, DTensor)
-    shape = whole_shape(weight, part, grid.tensor.size)
+    shape = whole_shape(weight, part, axis.size)
     return DTensor.from_local(
         values.detach().to(mesh.device_type),
         mesh,

@@ -36,6 +36,8 @@ class Part:
     """The dimension it is cut along; None where each has all of it."""
     summed: bool = False
     """Each process sees only a part of its gradient."""
+    expert: bool = False
+    """Cut over the expert axis, not over the tensor axis."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +63,12 @@ def split(
     """
     if axis.size == 1:
         return {name: Part() for name, _ in module.named_parameters()}
-    check_sizes(network, axis.size, where)
+    table, head = network.get_input_embeddings(), network.get_output_embeddings()
+    if isinstance(table, LoraLayer) or isinstance(head, LoraLayer) or head.bias is not None:
+        raise ConfigError(
+            f"{where}.tensor={axis.size}: embedding and output head with an adapter or a bias cannot be split; "
+            "leave them out of model.lora.targets, or use shard instead"
+        )
     decoder, edges, scissors = network.get_decoder(), Edges(axis=axis, sequence=sequence), _Scissors(axis)
     blocks = set()
     for path, style in linear_layers(decoder, where):
@@ -72,10 +79,9 @@ def split(
         blocks.add(path.rpartition(".")[0])
     for path in blocks:
         decoder.get_submodule(path).register_forward_pre_hook(partial(_enter_block, edges), with_kwargs=True)
-    table = network.get_input_embeddings()
     scissors.cut(table, "weight", 0)
     table.forward = partial(_look_up, table, edges)
-    scissors.cut(network.get_output_embeddings(), "weight", 0)
+    scissors.cut(head, "weight", 0)
     decoder.register_forward_hook(partial(_leave_decoder, edges))
     split_blocks = {id(decoder.get_submodule(path)) for path in blocks}
     inside = tuple(f"{name}." for name, inner in module.named_modules() if id(inner) in split_blocks)
@@ -88,28 +94,9 @@ def split(
     }
 
 
-def check_sizes(network: PreTrainedModel, size: int, where: str) -> None:
-    """ConfigError where the axis does not divide what it splits."""
-    config = network.config
-    for what in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
-        if getattr(config, what) % size:
-            raise ConfigError(
-                f"{where}.tensor={size} does not divide the model's {what}={getattr(config, what)}; "
-                "choose a common divisor of heads, key heads, MLP width and vocabulary, or use shard or context"
-            )
-    if network.get_output_embeddings().bias is not None:
-        raise ConfigError(
-            f"{where}.tensor={size}: an output head with a bias cannot be split; use shard instead"
-        )
-
-
 def linear_layers(decoder: PreTrainedModel, where: str) -> Iterator[tuple[str, str]]:
     """Path below the decoder and style of every layer that the model's plan splits."""
     plan = decoder.config.base_model_tp_plan
-    if not plan:
-        raise ConfigError(
-            f"{where}.tensor: {type(decoder).__name__} carries no plan of how to split it; use shard instead"
-        )
     patterns = {}
     for pattern, style in plan.items():
         if style in ASIDE:

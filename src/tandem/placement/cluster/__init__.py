@@ -1,0 +1,1 @@
+"""Roles on many processes that Ray starts: the inline roles plus transport."""

@@ -1,0 +1,167 @@
+"""Actor, reference and engines on processes that Ray placed, and the roles of the loop in front of them."""
+
+import hashlib
+import importlib
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tandem.algorithms import KlController
+from tandem.config.run import Run
+from tandem.data.cursor import Cursor
+from tandem.data.prompts import PromptSet
+from tandem.errors import ConfigError
+from tandem.model import LanguageModel, tokenizer_of
+from tandem.placement.cluster.ahead import AheadStream, Line, SamplerInLine
+from tandem.placement.cluster.guard import Guard
+from tandem.placement.inline import sampling_params
+from tandem.rewards.scorer import Scorer
+from tandem.rewards.watch import FailureWatch
+from tandem.rollout import Sampler, Stream
+
+if TYPE_CHECKING:
+    from tandem.placement.cluster.engines import Engines
+    from tandem.placement.cluster.learners import Learners, RemoteActor, RemoteReference
+    from tandem.placement.cluster.port import Cluster
+
+SHARED = Path("/dev/shm")
+LOGS = "logs"
+"""Below the run folder: one file per worker."""
+START = "start"
+"""Below the run folder: the weights that the learners begin with, where they are made by the driver."""
+
+
+@dataclass(slots=True, kw_only=True)
+class RemoteRoles:
+    """What the loop sees, as `inline.Roles`."""
+
+    actor: "RemoteActor"
+    reference: "RemoteReference | None"
+    sampler: SamplerInLine
+    stream: AheadStream
+    kl: KlController
+    learners: "Learners"
+    engines: "Engines"
+    inner: Sampler
+    line: Line
+    open: ExitStack = field(default_factory=ExitStack)
+    """Closes everything, the last opened first."""
+    sent: int = 0
+
+    def publish(self, version: int) -> None:
+        """The engines take the actor's weights when they are done with what they were asked before."""
+        self.serve(version)
+        if self.reference is not None and self.actor.run.refreshes_reference(version):
+            self.reference.refresh(self.actor)
+
+    def serve(self, version: int) -> None:
+        """Answers that are asked for from now on come from the actor's present weights, which are of this version."""
+        self.sent += 1
+        verify = self.actor.run.engine.verifies(self.sent)
+        parcel = self.learners.call("offer", version, verify)
+
+        def take() -> None:
+            self.engines.update(parcel)
+            self.inner.version = version
+
+        self.line.submit(take)
+        self.sampler.version = version
+
+    def on_learners(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """`work(actor, reference, *arguments)` in every learner; the value is that of the first."""
+        return self.learners.call("apply", work, *arguments)
+
+    def close(self) -> None:
+        self.open.close()
+
+
+def build(
+    run: Run,
+    start: LanguageModel | Path | None,
+    prompts: PromptSet,
+    scorer: Scorer,
+    reference_folder: Path | None = None,
+) -> RemoteRoles:
+    """The roles of a run. `start` is what the learners begin with: a model made in this process, or a folder of a
+    checkpoint; else each loads `model`. The run folder must be seen by all learners."""
+    port = ray_port()
+    # Both name the port, which only a run with Ray can import.
+    places = importlib.import_module("tandem.placement.cluster.places")
+    with ExitStack() as stack:
+        folder = Path(run.run_dir).absolute()
+        guard = Guard()
+        stack.callback(guard.close)
+        cluster: Cluster = port.Cluster(run.placement, places.cpus(run), folder / LOGS)
+        stack.callback(cluster.close)
+        guard.watch()
+        root = weights_root(run, folder)
+        if run.engine.transfer_dir is None:
+            stack.callback(shutil.rmtree, root, ignore_errors=True)
+            guard.remove(root)
+        line = Line()
+        stack.callback(line.close)
+        placed = places.Placed(run, cluster, root, line)
+        stack.callback(placed.engines.close)
+        facts = placed.build_learners(start_folder(run, start, folder), reference_folder)
+        stack.callback(placed.close_learners)
+        params = sampling_params(run, prompts.template)
+        stop_tokens = facts.stop_tokens | params.stop_tokens
+        inner = Sampler(placed.engines, scorer, tokenizer_of(run.model), run, params, stop_tokens)
+        kl = run.algorithm.kl
+        cursor = Cursor(len(prompts.prompts), run.seed, run.data.shuffle)
+        watch = FailureWatch(run.reward.max_failure_share)
+        stream = Stream(sampler=inner, prompts=prompts, cursor=cursor, watch=watch)
+        roles = RemoteRoles(
+            actor=placed.actor(facts),
+            reference=placed.reference() if run.needs_reference else None,
+            sampler=SamplerInLine(inner, line),
+            stream=AheadStream(stream, line),
+            kl=KlController(kl.coef, kl.target, kl.horizon),
+            learners=placed.learners,
+            engines=placed.engines,
+            inner=inner,
+            line=line,
+        )
+        roles.serve(0)
+        guard.watch()
+        roles.open = stack.pop_all()
+        return roles
+
+
+def ray_port() -> Any:
+    """The module that names Ray, imported when a run is placed with it and not before."""
+    # Ray reads it when it is first imported. Whoever reaches a port of Ray without the token must get nothing.
+    if "ray" not in sys.modules:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        return importlib.import_module("tandem.placement.cluster.port")
+    except ImportError as cause:
+        raise ConfigError(
+            f"placement.kind needs Ray 2.52 or newer, which cannot be imported ({cause}); install tandem-rl[ray], or "
+            "set placement.kind=inline"
+        ) from cause
+
+
+def start_folder(run: Run, start: LanguageModel | Path | None, folder: Path) -> Path | None:
+    if not isinstance(start, LanguageModel):
+        return start if start is not None and start.is_dir() else None
+    start.save(folder / START)
+    return folder / START
+
+
+def weights_root(run: Run, folder: Path) -> Path:
+    """Where versions of the weights lie: the user's folder, or one in this machine's shared memory that belongs to the
+    run folder, so that a run that was killed leaves nothing that the next one does not remove."""
+    if run.engine.transfer_dir is not None:
+        return Path(run.engine.transfer_dir).absolute()
+    if not SHARED.is_dir():
+        return folder / "weights"
+    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    return SHARED / f"tandem-weights-{os.getuid()}-{name}"

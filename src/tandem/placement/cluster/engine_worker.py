@@ -1,0 +1,107 @@
+"""An engine in a process of its own: it samples from a copy of the weights, and only from the version asked for."""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from tandem.config.run import Run
+from tandem.device import pick
+from tandem.engine import Completion, Request, SamplingParams
+from tandem.engine.receiver import ReceivingEngine
+from tandem.engine.roads import FilesRoad
+from tandem.engine.vllm import VllmEngine
+from tandem.engine.weights import Offer
+from tandem.errors import RunError
+from tandem.model import load, tokenizer_of
+from tandem.model.load import DTYPES
+from tandem.placement.cluster.objects import ArrivedWeights, ObjectsRoad
+from tandem.placement.cluster.process import Process
+from tandem.placement.copied import described
+
+
+class Abandoned(RunError):
+    """The answers are no longer wanted."""
+
+
+class EngineWorker(Process):
+    """`adapter` says whether the weights that come are those of an adapter alone."""
+
+    def __init__(self, log: str, run: Run, adapter: bool) -> None:
+        super().__init__(log, run)
+        self._done = self._tokens = 0
+        self._stop = threading.Event()
+        self.adapter, self.log = adapter, Path(log)
+        self._engine: ReceivingEngine | VllmEngine | None = None
+
+    @property
+    def engine(self) -> ReceivingEngine | VllmEngine:
+        assert self._engine is not None, "the first weights make the engine"
+        return self._engine
+
+    def update(self, offer: Offer, probe: tuple[int, ...]) -> tuple[float, ...]:
+        """Take a version of the weights; returns the log-probabilities of the probe, none where nothing is verified.
+        The first call makes the engine."""
+        if self._engine is None:
+            make = vllm if self.run.engine.kind == "vllm" else embedded
+            self._engine = make(self.run, self.adapter, self.log)
+        if isinstance(self.engine, ReceivingEngine):
+            self.engine.road = ObjectsRoad() if offer.road == "objects" else FilesRoad()
+        elif offer.road == "objects":
+            # vLLM's own workers are not Ray's: they read files.
+            offer = FilesRoad(self.log.with_suffix(".weights"), keep=1).offer(
+                offer.version, ArrivedWeights(offer), verify=offer.verify
+            )
+        self.engine.update(offer)
+        return self.engine.score([probe])[0] if offer.verify else ()
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams, version: int) -> list[Completion]:
+        """As the engine does, from the weights of `version`; refused where it has others."""
+        if self.engine.version != version:
+            raise RunError(f"the engine has version {self.engine.version} of the weights, not {version}")
+        self._done = self._tokens = 0
+        self._stop.clear()
+        return self.engine.generate(requests, params, poll=self._note)
+
+    def progress(self) -> tuple[int, int]:
+        """Answers done and tokens so far, of the call under way."""
+        return self._done, self._tokens
+
+    def abandon(self) -> None:
+        """End the call under way."""
+        self._stop.set()
+
+    def sleep(self) -> None:
+        """Give the device's memory to the learner beside it; the next version of the weights wakes the engine."""
+        self.engine.sleep()
+
+    def _note(self, done: int, tokens: int) -> None:
+        self._done, self._tokens = done, tokens
+        if self._stop.is_set():
+            raise Abandoned("the answers are no longer wanted")
+
+
+def embedded(run: Run, adapter: bool, log: Path) -> ReceivingEngine:
+    dtype = run.engine.dtype or run.model.dtype
+    lora = run.model.lora if adapter else None
+    config = run.model.model_copy(update={"dtype": dtype, "lora": lora})
+    model = load(config, tokenizer_of(config), pick(run.device), seed=run.seed)
+    return ReceivingEngine(model, FilesRoad(), run.sampling.slots, run.learner.tokens_per_forward)
+
+
+def vllm(run: Run, adapter: bool, log: Path) -> VllmEngine:
+    """Of a model without a folder of its own, vLLM reads the configuration beside the worker's log."""
+    tokenizer = tokenizer_of(run.model)
+    model = load(run.model.model_copy(update={"lora": None}), tokenizer, pick("cpu"), seed=run.seed)
+    folder = run.model.path if adapter else str(described(model, log.with_suffix(".model")))
+    engine = VllmEngine(
+        str(folder),
+        run.engine,
+        dtype=DTYPES[run.engine.dtype or run.model.dtype],
+        tokenizer=tokenizer,
+        stop_tokens=model.stop_tokens,
+        lora=run.model.lora if adapter else None,
+        trust_remote_code=run.model.trust_remote_code,
+        fill=adapter,
+    )
+    engine.connect("files")
+    return engine

@@ -1,0 +1,249 @@
+"""Several engines as one: answers are shared out, and what a lost engine was working on goes to another.
+
+An engine that is started anew serves only after it has taken the weights of the present version.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from tandem.config.placement import Placement
+from tandem.engine import Completion, Request, SamplingParams
+from tandem.errors import RunError
+from tandem.placement.cluster import port
+from tandem.placement.cluster.lost import WorkerLost
+from tandem.placement.cluster.parcel import Parcel
+
+log = logging.getLogger("tandem.engines")
+
+LOOK_S = 0.2
+"""Longest wait before signals and restarts are looked after again."""
+NEWS_S = 1.0
+"""Seconds between two questions to an engine for how far it is."""
+
+
+@dataclass(slots=True)
+class Work:
+    """Requests that one engine has."""
+
+    indices: list[int]
+    call: port.Call
+    news: port.Call | None = None
+    asked: float = field(default_factory=time.monotonic)
+    progress: tuple[int, int] = (0, 0)
+    changed: float = field(default_factory=time.monotonic)
+    """When its progress was last another one."""
+
+
+@dataclass(slots=True)
+class Seat:
+    """The place of one engine, whichever process fills it."""
+
+    number: int
+    worker: port.Worker | None = None
+    version: int | None = None
+    taking: tuple[port.Call, Parcel] | None = None
+    """Weights on their way to it."""
+    work: Work | None = None
+    losses: int = 0
+    """In a row."""
+    vacant_until: float = 0.0
+
+    def __str__(self) -> str:
+        return f"engine {self.number}"
+
+
+class Engines:
+    """Tokens in, tokens out, from the weights of `version`. One thread at a time uses it."""
+
+    def __init__(self, spawn: Callable[[int], port.Worker], placement: Placement) -> None:
+        """`spawn` starts the engine of a number."""
+        self._spawn, self.placement = spawn, placement
+        self.seats = [Seat(number) for number in range(placement.engines)]
+        self.version = 0
+        self._parcel: Parcel | None = None
+        self._closing = self._awake = False
+
+    def update(self, parcel: Parcel) -> None:
+        """All engines take a version of the weights; those that are lost do so when they are back."""
+        self._parcel, self.version = parcel, parcel.offer.version
+        self._tend()
+        while any(map(self._awaited, self.seats)) or not any(map(self._ready, self.seats)):
+            self._wait([seat.taking[0] for seat in self.seats if seat.taking])
+            self._tend()
+
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, *, poll: Callable[[int, int], None]
+    ) -> list[Completion]:
+        """One completion per request, in order."""
+        self._awake = True
+        ready = max(1, sum(map(self._ready, self.seats)))
+        waiting = deque(shares(requests, ready))
+        done: dict[int, Completion] = {}
+        try:
+            while len(done) < len(requests):
+                self._tend()
+                for seat in filter(self._idle, self.seats):
+                    if waiting:
+                        self._hand_out(seat, waiting.popleft(), requests, params)
+                working = [seat for seat in self.seats if seat.work]
+                self._wait([seat.work.call for seat in working])
+                for seat in working:
+                    self._look_after(seat, done, waiting)
+                busy = [seat.work.progress for seat in self.seats if seat.work]
+                tokens = sum(len(c.tokens) for c in done.values()) + sum(t for _, t in busy)
+                poll(len(done) + sum(answers for answers, _ in busy), tokens)
+        finally:
+            self._abandon()
+        return [done[i] for i in range(len(requests))]
+
+    def sleep(self) -> None:
+        """Give the devices' memory away until the next version of the weights."""
+        if not self._awake:
+            return
+        self._awake = False
+        calls = [(s, s.worker.call("sleep")) for s in self.seats if s.worker and not s.taking and not s.work]
+        for seat, call in calls:
+            self._result(seat, call)
+
+    def close(self) -> None:
+        """Whoever still waits for answers gets an error."""
+        self._closing = True
+
+    def _awaited(self, seat: Seat) -> bool:
+        """Weights are on their way to it, and it is not one that replaces another, which nobody waits for."""
+        return seat.taking is not None and (seat.version is not None or not seat.losses)
+
+    def _ready(self, seat: Seat) -> bool:
+        return seat.worker is not None and not seat.taking and seat.version == self.version
+
+    def _idle(self, seat: Seat) -> bool:
+        return self._ready(seat) and seat.work is None
+
+    def _tend(self) -> None:
+        """Fill vacant seats whose time has come, and bring those behind to the present weights."""
+        assert self._parcel is not None, "engines get weights before they are asked for answers"
+        for seat in self.seats:
+            if seat.worker is None and time.monotonic() >= seat.vacant_until:
+                seat.worker, seat.version = self._spawn(seat.number), None
+            if seat.worker is None or seat.work is not None:
+                continue
+            if seat.taking:
+                self._finish_taking(seat)
+            if seat.worker and not seat.taking and seat.version != self.version:
+                parcel = self._parcel
+                seat.taking = (seat.worker.call("update", parcel.offer, parcel.probe), parcel)
+
+    def _finish_taking(self, seat: Seat) -> None:
+        """Weights that have arrived are proved; those that take too long are lost with their engine."""
+        assert seat.taking and seat.worker
+        call, parcel = seat.taking
+        new = seat.version is None
+        limit = self.placement.start_timeout_s if new else self.placement.engine_timeout_s
+        if not call.done() and call.seconds < limit:
+            return
+        seat.taking = None
+        scores = self._result(seat, call)
+        if seat.worker is None:
+            return
+        if new:
+            seat.worker.place = seat.worker.call("place").result(self.placement.engine_timeout_s)
+        if scores:
+            parcel.check(str(seat.worker), scores)
+        seat.version = parcel.offer.version
+
+    def _hand_out(
+        self, seat: Seat, indices: list[int], requests: Sequence[Request], params: SamplingParams
+    ) -> None:
+        assert seat.worker
+        mine = [requests[i] for i in indices]
+        seat.work = Work(indices, seat.worker.call("generate", mine, params, self.version))
+
+    def _look_after(self, seat: Seat, done: dict[int, Completion], waiting: deque[list[int]]) -> None:
+        """Take the answers of an engine, or ask how far it is, or give up on it."""
+        work = seat.work
+        assert work and seat.worker
+        silent = time.monotonic() - work.changed
+        if work.call.done():
+            seat.work = None
+            answers = self._result(seat, work.call)
+            if seat.worker is None:
+                waiting.append(work.indices)
+                return
+            seat.losses = 0
+            done.update(zip(work.indices, answers))
+        elif silent > self.placement.engine_timeout_s:
+            seat.work = None
+            waiting.append(work.indices)
+            self._lose(seat, WorkerLost(
+                f"{seat.worker} had no news of {len(work.indices)} answers for {silent:.0f} s "
+                f"(placement.engine_timeout_s); its log: {seat.worker.log}"
+            ))  # fmt: skip
+        elif work.news is not None:
+            self._hear(work)
+        elif time.monotonic() - work.asked > NEWS_S:
+            work.news, work.asked = seat.worker.call("progress"), time.monotonic()
+
+    def _hear(self, work: Work) -> None:
+        assert work.news
+        if not work.news.done():
+            return
+        news, work.news = work.news, None
+        try:
+            progress = news.result(0)
+        except WorkerLost:
+            return  # The work itself fails next, with the reason.
+        if progress != work.progress:
+            work.progress, work.changed = progress, time.monotonic()
+
+    def _result(self, seat: Seat, call: port.Call) -> object:
+        """The value of a call that is done or overdue; None, and a vacant seat, where the engine is lost."""
+        try:
+            return call.result(self.placement.engine_timeout_s if call.method == "sleep" else 0)
+        except WorkerLost as lost:
+            self._lose(seat, lost)
+            return None
+
+    def _lose(self, seat: Seat, lost: WorkerLost) -> None:
+        """Vacate the seat for a while that doubles; too many losses in a row end the run."""
+        assert seat.worker
+        seat.worker.kill()
+        seat.worker, seat.version, seat.work, seat.taking = None, None, None, None
+        seat.losses += 1
+        if seat.losses > self.placement.restarts:
+            raise RunError(
+                f"{seat} was lost {seat.losses} times in a row (placement.restarts={self.placement.restarts}). "
+                f"The last time: {lost}"
+            )
+        pause = self.placement.backoff_s * 2 ** (seat.losses - 1)
+        seat.vacant_until = time.monotonic() + pause
+        log.warning("%s\nanother process takes its place in %g s; its answers go elsewhere", lost, pause)
+
+    def _wait(self, calls: Sequence[port.Call]) -> None:
+        if self._closing:
+            raise RunError("the run is ending; no more answers")
+        if calls:
+            port.first_done(calls, LOOK_S)
+        else:
+            time.sleep(LOOK_S)
+
+    def _abandon(self) -> None:
+        """After an error or a signal: engines at work stop soon, and none of them is waited for."""
+        for seat in self.seats:
+            if seat.work and seat.worker:
+                seat.worker.call("abandon")
+                seat.work = None
+
+
+def shares(requests: Sequence[Request], count: int) -> Iterator[list[int]]:
+    """Indices of the requests in at most `count` shares of about equal size; those with one prompt, whose computation
+    is shared, stay neighbours."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for i, request in enumerate(requests):
+        places.setdefault(request.tokens, []).append(i)
+    order = [i for indices in places.values() for i in indices]
+    size = -(-len(order) // count)
+    for start in range(0, len(order), size):
+        yield order[start : start + size]

@@ -1,0 +1,78 @@
+"""A process that outlives the driver by a moment, to end what a killed driver could not.
+
+Ray's own processes die with the driver that started them, but for helpers that call a dead server for half a minute
+first. The guard reads their names from a pipe; when the pipe closes, the driver is gone.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+
+class Guard:
+    """The driver's end: what shall be done when it is gone. `close` takes it all back."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tandem.placement.cluster.guard"],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+            text=True,
+        )
+
+    def watch(self) -> None:
+        """End these processes, those that are there now."""
+        for process in psutil.Process().children(recursive=True):
+            if process.pid != self._process.pid:
+                self._say(f"process {process.pid} {created(process.pid)}")
+
+    def remove(self, folder: Path) -> None:
+        """Remove this folder."""
+        self._say(f"folder {folder}")
+
+    def close(self) -> None:
+        self._say("forget")
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _say(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+
+
+def created(pid: int) -> float:
+    """When a process began, so that no other one with its number is taken for it; 0 where there is none."""
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return 0.0
+
+
+def main() -> None:
+    watched: dict[int, str] = {}
+    folders: list[str] = []
+    for line in sys.stdin:
+        kind, _, rest = line.rstrip("\n").partition(" ")
+        if kind == "forget":
+            return
+        if kind == "folder":
+            folders.append(rest)
+        else:
+            pid, began = rest.split()
+            watched[int(pid)] = began
+    for pid, began in watched.items():
+        if str(created(pid)) == began:
+            os.kill(pid, signal.SIGKILL)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""One of the processes that train: actor, reference, and the sending end of the weights' road."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tandem.config.run import Run
+from tandem.config.sections import Model
+from tandem.device import describe, pick
+from tandem.engine.probe import TOLERANCE, policy_logp, probe_tokens
+from tandem.engine.roads import FilesRoad
+from tandem.engine.weights import ModelWeights, TensorSpec, Weights, spec_of
+from tandem.learner import Actor, Reference
+from tandem.model import load, tokenizer_of
+from tandem.model.compiled import compile_blocks
+from tandem.model.load import DTYPES
+from tandem.placement import ranks
+from tandem.placement.cluster.objects import ObjectsRoad
+from tandem.placement.cluster.parcel import Parcel
+from tandem.placement.cluster.process import Process
+from tandem.placement.inline import reference_of
+from tandem.types import Batch, Experience
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What the driver must know of a model that it does not have."""
+
+    stop_tokens: frozenset[int]
+    max_positions: int
+    dtype: torch.dtype
+    device: str
+
+
+class GatheredWeights:
+    """All weights of a model on many processes, adapters merged in; every process iterates, in step."""
+
+    adapter = None
+
+    def __init__(self, actor: Actor, dtype: torch.dtype) -> None:
+        self.actor, self.dtype = actor, dtype
+        self._specs = tuple(spec_of(name, tensor, dtype) for name, tensor in actor.weights())
+
+    def specs(self) -> tuple[TensorSpec, ...]:
+        return self._specs
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor.to(self.dtype)) for name, tensor in self.actor.weights())
+
+
+class LearnerWorker(Process):
+    """All ranks are called with the same arguments, in step; what they return is that of rank 0."""
+
+    def __init__(self, log: str, run: Run, rank: int) -> None:
+        super().__init__(log, run)
+        self.rank, self.world = rank, run.placement.learners
+        self.reference: Reference | None = None
+
+    def build(
+        self, address: str, weights: str | None, reference: str | None, root: str | None
+    ) -> Facts | None:
+        """Load the models: the policy from `weights`, a folder, where the run has one; the ranks meet at `address`.
+        Versions of the weights for the engines go below `root`, or through Ray."""
+        run = self.run
+        folder = None if reference is None else Path(reference)
+        if self.world == 1:
+            start = None if weights is None else Path(weights)
+            model = load(run.model, tokenizer_of(run.model), pick(run.device), seed=run.seed, resume=start)
+            if run.learner.compile:
+                compile_blocks(model)
+            self.actor = Actor(model, run)
+            self.reference = reference_of(run, model, folder) if run.needs_reference else None
+        else:
+            run = run if weights is None else run.model_copy(update={"model": at(run.model, weights)})
+            self.actor = ranks.build_actor(run, run.learner.layout, self.rank, self.world, address)
+            if run.needs_reference:
+                self.reference = ranks.build_reference(run, run.reference.layout, self.actor, folder)
+        self.dtype = DTYPES[run.engine.dtype or run.model.dtype]
+        self.weights = self._weights()
+        # As many as may be under way while the newest is made, and that of an engine that is started anew.
+        keep = run.sampling.max_lag + 2
+        self.road = ObjectsRoad() if root is None else FilesRoad(Path(root), keep)
+        if self.rank == 0:
+            self.road.close()  # Versions of an earlier run, which may have had higher numbers.
+        return self._facts() if self.rank == 0 else None
+
+    def logprobs(self, batch: Batch) -> Tensor | None:
+        return self._first(self.actor.logprobs(batch))
+
+    def reference_logprobs(self, batch: Batch) -> Tensor | None:
+        assert self.reference is not None
+        return self._first(self.reference.logprobs(batch))
+
+    def update(self, parts: Sequence[Experience], kl_coef: float) -> tuple[Any, Any] | None:
+        """The figures of the update, and the actor's counters after it."""
+        figures = self.actor.update(parts, kl_coef)
+        return self._first((figures, self.actor.counters()))
+
+    def restore_counters(self, saved: Mapping[str, int]) -> None:
+        self.actor.restore_counters(saved)
+
+    def refresh(self) -> None:
+        assert self.reference is not None
+        self.reference.refresh(self.actor)
+
+    def offer(self, version: int, verify: bool) -> Parcel | None:
+        """Put the weights as they are now on the road."""
+        if self.rank:
+            for _ in self.weights:
+                pass
+            return None
+        offer = self.road.offer(version, self.weights, verify=verify)
+        model, logp = self.actor.model, ()
+        probe = probe_tokens(model.vocab_size, model.max_positions)
+        # Of a model on many processes one alone can say nothing; checksums stand for it.
+        if verify and self.world == 1:
+            model.module.eval()
+            logp = tuple(policy_logp(model, probe))
+        tolerance = max(TOLERANCE[self.dtype], TOLERANCE[model.network.dtype])
+        return Parcel(offer, probe, logp, tolerance)
+
+    def apply(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """`work(actor, reference, *arguments)` where these are."""
+        return self._first(work(self.actor, self.reference, *arguments))
+
+    def close(self) -> None:
+        if self.rank == 0:
+            self.road.close()
+
+    def _first(self, value: Any) -> Any:
+        return value if self.rank == 0 else None
+
+    def _weights(self) -> Weights:
+        if self.world > 1:
+            return GatheredWeights(self.actor, self.dtype)
+        return ModelWeights(self.actor.model, self.dtype)
+
+    def _facts(self) -> Facts:
+        model = self.actor.model
+        return Facts(
+            stop_tokens=model.stop_tokens,
+            max_positions=model.max_positions,
+            dtype=model.network.dtype,
+            device=describe(model.device),
+        )
+
+
+def at(model: Model, folder: str) -> Model:
+    """The same model with its weights in a folder."""
+    return model.model_copy(update={"path": folder, "new": None})

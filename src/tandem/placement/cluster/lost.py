@@ -1,0 +1,7 @@
+"""What can happen to a process of the run."""
+
+from tandem.errors import RunError
+
+
+class WorkerLost(RunError):
+    """A worker died, broke, or did not answer in time. An engine can be replaced, a learner cannot."""

@@ -1,0 +1,60 @@
+"""The road between nodes that share no folder: weights as objects that Ray brings to whoever asks for them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from tandem.engine.roads import BUCKET, buckets
+from tandem.engine.weights import Offer, TensorSpec, Weights, checksum, verified
+from tandem.placement.cluster import port
+
+
+class ObjectsRoad:
+    """As `FilesRoad`, with the tensors in Ray's memory. They live as long as someone holds the offer."""
+
+    rereadable = True
+
+    def offer(self, version: int, weights: Weights, *, verify: bool = True) -> Offer:
+        sums: dict[str, int] = {}
+        arriving, place = iter(weights), []
+        for bucket in buckets(weights.specs(), BUCKET):
+            tensors: dict[str, Tensor] = {}
+            for _ in bucket:
+                name, tensor = next(arriving)
+                tensors[name] = tensor.detach().cpu().contiguous()
+                if verify:
+                    sums[name] = checksum(tensor)
+            place.append(port.share(tensors))
+        return Offer(
+            version=version,
+            road="objects",
+            specs=weights.specs(),
+            checksums=sums if verify else None,
+            verify=verify,
+            adapter=weights.adapter is not None,
+            place=place,
+        )
+
+    def read(self, offer: Offer) -> Iterator[tuple[str, Tensor]]:
+        for shared in offer.place:
+            tensors: dict[str, Any] = port.fetch(shared)
+            yield from tensors.items()
+
+    def close(self) -> None:
+        """Nothing lies anywhere."""
+
+
+class ArrivedWeights:
+    """What came by this road, to be sent on."""
+
+    adapter = None
+
+    def __init__(self, offer: Offer) -> None:
+        self._offer = offer
+
+    def specs(self) -> tuple[TensorSpec, ...]:
+        return self._offer.specs
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return verified(self._offer, ObjectsRoad().read(self._offer))

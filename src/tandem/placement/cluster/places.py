@@ -1,0 +1,95 @@
+"""Who sits where: bundles of devices, one per worker or per pair that shares a device, and the workers on them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from tandem.config.run import Run
+from tandem.errors import ConfigError
+from tandem.placement.cluster.ahead import Line
+from tandem.placement.cluster.engine_worker import EngineWorker
+from tandem.placement.cluster.engines import Engines
+from tandem.placement.cluster.learner_worker import Facts, LearnerWorker
+from tandem.placement.cluster.learners import Learners, RemoteActor, RemoteReference
+from tandem.placement.cluster.port import Cluster, Worker
+
+
+def cpus(run: Run) -> int:
+    """Cores of all workers together."""
+    placement = run.placement
+    return placement.cpus * (placement.learners + placement.engines * run.engine.tensor_parallel)
+
+
+class Placed:
+    """The workers of a run."""
+
+    def __init__(self, run: Run, cluster: Cluster, root: Path, line: Line) -> None:
+        self.run, self.cluster, self.root, self.line = run, cluster, root, line
+        placement = run.placement
+        self._learner, self._engine = needs(run, cluster.gpus)
+        if self.shared:
+            both = {kind: self._learner[kind] + self._engine[kind] for kind in self._learner}
+            cluster.reserve([both] * placement.learners)
+        else:
+            cluster.reserve([self._learner] * placement.learners + [self._engine] * placement.engines)
+        workers = [self._spawn_learner(rank) for rank in range(placement.learners)]
+        self.learners = Learners(workers, run, self._learners_turn if self.shared else nothing)
+        self.engines = Engines(self._spawn_engine, placement)
+
+    @property
+    def shared(self) -> bool:
+        return self.run.placement.kind == "colocated"
+
+    def build_learners(self, start: Path | None, reference: Path | None) -> Facts:
+        """Load the models of all learners."""
+        timeout_s = self.run.placement.start_timeout_s
+        for worker in self.learners.workers:
+            worker.place = worker.call("place").result(timeout_s)
+        # No folder in the memory of one node is seen by another; of a folder that the user names we trust that it is.
+        apart = self.cluster.nodes > 1 and self.run.engine.transfer == "auto"
+        if apart and self.run.engine.kind == "vllm" and self.run.model.lora is not None:
+            raise ConfigError(
+                "engine.kind=vllm reads adapters (model.lora) from files, and the processes are on several nodes: set "
+                "engine.transfer=files and engine.transfer_dir to a folder that all of them see"
+            )
+        root = None if apart else str(self.root)
+        address = self.learners.workers[0].call("meeting_point").result(timeout_s)
+        folders = [None if folder is None else str(folder.absolute()) for folder in (start, reference)]
+        return self.learners.call("build", address, *folders, root, timeout_s=timeout_s)
+
+    def close_learners(self) -> None:
+        """Remove the weights that lie on the road; a learner that is gone cannot."""
+        self.learners.workers[0].call("close").settle(5.0)
+
+    def actor(self, facts: Facts) -> RemoteActor:
+        return RemoteActor(self.learners, facts)
+
+    def reference(self) -> RemoteReference:
+        return RemoteReference(self.learners)
+
+    def _learners_turn(self) -> None:
+        self.line.submit(self.engines.sleep).result()
+
+    def _spawn_learner(self, rank: int) -> Worker:
+        return self.cluster.spawn(LearnerWorker, f"learner {rank}", rank, self._learner, 1, self.run, rank)
+
+    def _spawn_engine(self, number: int) -> Worker:
+        bundle = number if self.shared else self.run.placement.learners + number
+        adapter = self.run.model.lora is not None and self.run.placement.learners == 1
+        # One thread works, the other says how far it is.
+        return self.cluster.spawn(
+            EngineWorker, f"engine {number}", bundle, self._engine, 2, self.run, adapter
+        )
+
+
+def needs(run: Run, gpus_there: float) -> tuple[Mapping[str, float], Mapping[str, float]]:
+    """What a learner and an engine take; a pair that shares a device takes half of it each."""
+    placement, devices = run.placement, run.engine.tensor_parallel
+    auto = 1.0 if gpus_there and run.device != "cpu" else 0.0
+    gpus = auto if placement.gpus is None else placement.gpus
+    part = gpus / 2 if placement.kind == "colocated" else gpus
+    learner = {"CPU": float(placement.cpus), "GPU": part}
+    return learner, {"CPU": float(placement.cpus * devices), "GPU": part * devices}
+
+
+def nothing() -> None:
+    """Learners that share no device with engines need not ask for their turn."""

@@ -1,0 +1,255 @@
+"""Everything that names Ray: a cluster to be in, workers to be placed on it, and waiting for what they do.
+
+Imported only where a run is placed with Ray.
+"""
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray import (
+    ObjectRef,
+    available_resources,
+    cluster_resources,
+    exceptions,
+    get,
+    get_runtime_context,
+    init,
+    is_initialized,
+    kill,
+    put,
+    remote,
+    shutdown,
+    wait,
+)
+from ray.util import get_node_ip_address
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from tandem.config.placement import Placement
+from tandem.errors import ConfigError, DataError, RunError
+from tandem.placement.cluster.lost import WorkerLost
+
+STORE_BYTES = 200 << 20
+"""Of a Ray that a run starts for itself: batches and answers pass through it, weights do not."""
+FETCH_S = 600.0
+"""Longest wait for an object that another node has."""
+LOST = (
+    exceptions.RayActorError,
+    exceptions.WorkerCrashedError,
+    exceptions.OwnerDiedError,
+    exceptions.ObjectLostError,
+    exceptions.NodeDiedError,
+    exceptions.LocalRayletDiedError,
+    exceptions.OutOfMemoryError,
+)
+OWN = (ConfigError, DataError, RunError)
+
+
+class Worker:
+    """A process that holds one role."""
+
+    def __init__(self, actor: Any, name: str, log: Path) -> None:
+        self._actor, self.name, self.log = actor, name, log
+        self.place = "place not known yet"
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.place})"
+
+    def call(self, method: str, *arguments: Any) -> "Call":
+        """Start a method of the role; methods are written out where they are used."""
+        return Call(self, method, getattr(self._actor, method).remote(*arguments))
+
+    def kill(self) -> None:
+        kill(self._actor, no_restart=True)
+
+
+class Call:
+    """A method under way."""
+
+    def __init__(self, worker: Worker, method: str, ref: ObjectRef) -> None:
+        self.worker, self.method, self.ref = worker, method, ref
+        self.began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def done(self) -> bool:
+        return bool(wait([self.ref], timeout=0)[0])
+
+    def result(self, timeout_s: float) -> Any:
+        """Its value. WorkerLost where the process is gone; an error inside comes with role, node and traceback."""
+        try:
+            return get(self.ref, timeout=timeout_s)
+        except exceptions.GetTimeoutError:
+            raise WorkerLost(
+                f"{self.worker} did not finish `{self.method}` within {self.seconds:.0f} s; its log: {self.worker.log}"
+            ) from None
+        except exceptions.RayTaskError as error:
+            raise failure(self.worker, self.method, error) from None
+        except LOST as error:
+            raise WorkerLost(died(self.worker, self.method, error)) from None
+
+    def settle(self, timeout_s: float) -> None:
+        """Wait for its end, whatever that is."""
+        wait([self.ref], timeout=timeout_s)
+
+
+def first_done(calls: Sequence[Call], timeout_s: float) -> list[Call]:
+    """Those that are done after at most so long; returns as soon as there is one."""
+    refs = {call.ref: call for call in calls}
+    done, _ = wait(list(refs), num_returns=1, timeout=timeout_s)
+    return [refs[ref] for ref in done]
+
+
+def failure(worker: Worker, method: str, error: exceptions.RayTaskError) -> Exception:
+    """Our own errors keep their kind and their words; of any other, everything is told."""
+    if isinstance(error.cause, OWN):
+        return type(error.cause)(f"{worker}: {error.cause}")
+    return WorkerLost(f"{worker} failed in `{method}`; its log: {worker.log}\n{error.traceback_str.strip()}")
+
+
+def died(worker: Worker, method: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    return f"{worker} died during `{method}`: {reason[:600]}{last_words(worker.log)}"
+
+
+def last_words(log: Path, lines: int = 15) -> str:
+    """The end of a worker's log, where it is on this machine."""
+    if not log.is_file():
+        return f"\nits log is {log} on its node"
+    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+    return f"\nthe end of {log}:\n  " + "\n  ".join(tail) if tail else f"\nits log {log} is empty"
+
+
+def share(value: Any) -> Any:
+    """A value that several workers get: stored once, taken by each."""
+    return put(value)
+
+
+def fetch(shared: Any) -> Any:
+    """What was shared; RunError where it cannot be had."""
+    try:
+        return get(shared, timeout=FETCH_S)
+    except exceptions.RayError as cause:
+        raise RunError(f"an object of the run cannot be fetched from Ray's memory: {cause}") from cause
+
+
+class Cluster:
+    """Ray, joined or started; `reserve` room for every worker of the run, then `spawn` them."""
+
+    def __init__(self, placement: Placement, cpus: int, logs: Path) -> None:
+        self.placement, self.logs = placement, logs
+        self._group: PlacementGroup | None = None
+        join(placement, cpus)
+
+    @property
+    def gpus(self) -> float:
+        return cluster_resources().get("GPU", 0)
+
+    def reserve(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        """One bundle per place for a worker, or for a pair that shares a device."""
+        check_resources(bundles)
+        self._group = reserve(self.placement, bundles)
+
+    @property
+    def nodes(self) -> int:
+        """On which the reserved bundles lie."""
+        return len(set(placement_group_table(self._group)["bundles_to_node_id"].values()))
+
+    def spawn(
+        self, role: type, name: str, bundle: int, need: Mapping[str, float], threads: int, *arguments: Any
+    ) -> Worker:
+        """Start a worker whose methods run in so many threads. It is still being made when this returns; errors of
+        that show in its first call."""
+        log = self.logs / f"{name.replace(' ', '-')}.log"
+        actor = (
+            remote(role)
+            .options(
+                num_cpus=need["CPU"],
+                num_gpus=need["GPU"],
+                max_restarts=0,
+                max_concurrency=threads,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self._group, placement_group_bundle_index=bundle
+                ),
+                runtime_env={
+                    "env_vars": {"OMP_NUM_THREADS": str(int(need["CPU"])), "GOMP_SPINCOUNT": "2000"}
+                },
+            )
+            .remote(str(log), *arguments)
+        )
+        return Worker(actor, name, log)
+
+    def close(self) -> None:
+        shutdown()
+
+
+def join(placement: Placement, cpus: int) -> None:
+    """Be in the cluster of `placement.address`, or start one on this machine, reachable from it alone."""
+    if is_initialized():
+        raise RunError("this process is in a Ray cluster already; call ray.shutdown() before the run")
+    common: dict[str, Any] = {
+        "namespace": f"tandem-{secrets.token_hex(6)}",
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": False,
+    }
+    try:
+        if placement.address is not None:
+            init(address=placement.address, **common)
+            return
+        # More workers than cores are only slow, never impossible.
+        init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, cpus),
+            include_dashboard=False,
+            object_store_memory=STORE_BYTES,
+            _node_ip_address="127.0.0.1",
+            **common,
+        )
+    except (ConnectionError, exceptions.RayError, RuntimeError, ValueError, TimeoutError) as cause:
+        raise ConfigError(
+            f"placement.address={placement.address or 'null'}: Ray cannot be reached or started: {cause}. On every "
+            "machine of a cluster, RAY_AUTH_MODE=token and the same token must be set; see docs/cluster.md"
+        ) from cause
+
+
+def check_resources(bundles: Sequence[Mapping[str, float]]) -> None:
+    """What all nodes together can never give is an error now and not a wait."""
+    have = cluster_resources()
+    for kind in ("CPU", "GPU"):
+        need = sum(bundle.get(kind, 0) for bundle in bundles)
+        if need > have.get(kind, 0):
+            raise ConfigError(
+                f"the placement asks for {need:g} {kind} in all and the cluster has {have.get(kind, 0):g}; lower "
+                "placement.learners, placement.engines, placement.cpus or placement.gpus, or add nodes"
+            )
+
+
+def reserve(placement: Placement, bundles: Sequence[Mapping[str, float]]) -> PlacementGroup:
+    wanted = [{kind: amount for kind, amount in bundle.items() if amount} for bundle in bundles]
+    group = placement_group(wanted, strategy="SPREAD" if placement.spread else "PACK")
+    if not group.wait(placement.start_timeout_s):
+        free = {kind: available_resources().get(kind, 0) for kind in ("CPU", "GPU")}
+        raise RunError(
+            f"no room on the cluster within placement.start_timeout_s={placement.start_timeout_s:g}: needed "
+            f"{wanted}, free {free}; another run may hold the rest"
+        )
+    return group
+
+
+def whereabouts() -> str:
+    """Of the worker that asks: node and process."""
+    context = get_runtime_context()
+    return f"node {context.get_node_id()[:8]} at {get_node_ip_address()}, pid {os.getpid()}"
+
+
+def own_address() -> str:
+    """Of the worker's node, as the other nodes reach it."""
+    return str(get_node_ip_address())

@@ -1,0 +1,49 @@
+"""One process of many that hold a model together: what each of them builds, in step with the others."""
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from tandem.config.layout import Layout
+from tandem.config.run import Run
+from tandem.device import pick
+from tandem.learner import Actor, Reference
+from tandem.model import tokenizer_of
+from tandem.model.parallel.grid import Grid, connect
+from tandem.model.parallel.load import load_frozen_sharded, load_sharded
+from tandem.model.parallel.model import ShardedModel
+
+
+def build_actor(run: Run, layout: Layout, rank: int, world: int, address: str) -> Actor:
+    """The policy and its optimizer on `world` processes that meet at `address` (host:port of rank 0).
+
+    Every process calls this with the same run and layout; ConfigError where the layout does not fit the model.
+    """
+    device = pick(run.device)
+    connect(rank, world, address, device)
+    tokenizer: PreTrainedTokenizerBase = tokenizer_of(run.model)
+    model = load_sharded(run.model, tokenizer, Grid(layout, device, "learner.layout"), seed=run.seed)
+    return actor_of(run, model)
+
+
+def actor_of(run: Run, model: ShardedModel) -> Actor:
+    return Actor(model, run, offload_gradients=model.grid.layout.offload_gradients)
+
+
+def build_reference(run: Run, layout: Layout, actor: Actor, folder: Path | None = None) -> Reference:
+    """The reference on the actor's processes, in a layout of its own: the actor's model with its adapter off, or the
+    weights of `reference.path`, of `folder` (an export of a resumed run), or else the policy's own, copied now."""
+    given = run.reference.path or (str(folder) if folder is not None else None)
+    model = actor.model
+    assert isinstance(model, ShardedModel)
+    if given is None and run.model.lora is not None:
+        return Reference(model, run, adapter_off=True)
+    grid = Grid(layout, model.device, "reference.layout")
+    trust = run.model.trust_remote_code
+    if given is not None:
+        frozen = load_frozen_sharded(given, run.model.dtype, grid, trust_remote_code=trust)
+        return Reference(frozen, run, adapter_off=False)
+    copy = load_sharded(run.model, model.tokenizer, grid, seed=run.seed, where="reference.layout")
+    copy.network.requires_grad_(False).eval()
+    copy.take_over(model)
+    return Reference(copy, run, adapter_off=False)

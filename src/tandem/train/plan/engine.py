@@ -1,0 +1,129 @@
+"""What an engine takes and how long it samples."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tandem.config.run import Run
+from tandem.model.load import DTYPES
+from tandem.train.footprint import FLOAT, SAMPLED_COPIES, TRUNCATED_COPIES, Shape
+from tandem.train.plan.axes import Rules, divisors
+from tandem.train.plan.device import Rates
+from tandem.train.plan.link import Links
+from tandem.train.plan.work import Decoding, Lengths, decoding, forward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """One of many equal engines."""
+
+    tensor: int
+    """Devices that share its weights."""
+    count: int
+    slots: int
+    """Answers that decode at the same time."""
+    copied: bool
+    """It has weights of its own, beside those that are trained."""
+    weights: float
+    """Bytes on each device."""
+    cache: float
+    logits: float
+    seconds: float
+    communication: float
+    """Part of the seconds."""
+    reads: str
+    """What bounds a decoding step."""
+
+    @property
+    def bytes(self) -> float:
+        return self.weights + self.cache + self.logits
+
+
+def engines(
+    run: Run,
+    shape: Shape,
+    lengths: Lengths,
+    rates: Rates,
+    links: Links,
+    rules: Rules,
+    free: float,
+    *,
+    whole: bool,
+    apart: bool,
+) -> Iterator[Engine | float]:
+    """The engines that fit into `free` bytes of each device, and the bytes that others lack. `whole`: each
+    device holds all weights already, so an engine on it can use them. `apart`: the devices are the engines' alone."""
+    # Beside a learner on its device an engine stands alone: only those apart are spread over several.
+    for tensor in divisors(links.count) if apart else [1]:
+        if rules.serves(tensor):
+            keys = min(tensor, rules.config.num_key_value_heads)
+            copied = not (whole and tensor == 1)
+            yield _engine(run, shape, lengths, rates, links, (tensor, keys), free, copied=copied)
+
+
+def _engine(
+    run: Run,
+    shape: Shape,
+    lengths: Lengths,
+    rates: Rates,
+    links: Links,
+    split: tuple[int, int],
+    free: float,
+    *,
+    copied: bool,
+) -> Engine | float:
+    """The engine; or the bytes that are missing for a single answer. `split`: parts of the weights, of the cache."""
+    tensor, keys = split
+    word, s = DTYPES[run.model.dtype].itemsize, run.sampling
+    count = links.count // tensor
+    answers = -(-run.rollouts_per_step // count)
+    weights = shape.parameters * word / tensor if copied else 0.0
+    group = min(s.answers_per_prompt, answers)
+    columns = lengths.longest_answer + lengths.longest_prompt / group
+    truncates = s.top_k > 0 or s.top_p < 1 or s.min_p > 0
+    copies = TRUNCATED_COPIES if truncates else SAMPLED_COPIES
+    cache, logits = columns * shape.key_value * word / keys, shape.vocabulary * FLOAT * copies
+    wanted = run.engine.max_num_seqs if run.engine.kind == "vllm" else s.slots
+    slots = min(wanted, answers, int((free - weights) // (cache + logits)))
+    if slots < 1:
+        return weights + cache + logits - free
+    work = decoding(run, shape, lengths, answers, slots, joined=run.engine.kind == "embedded" and tensor == 1)
+    seconds, communication, reads = times(work, shape, rates, links, tensor, word)
+    return Engine(
+        tensor=tensor,
+        count=count,
+        slots=slots,
+        copied=copied,
+        weights=weights,
+        cache=slots * cache,
+        logits=slots * logits,
+        seconds=seconds,
+        communication=communication,
+        reads=reads,
+    )
+
+
+def times(
+    work: Decoding, shape: Shape, rates: Rates, links: Links, tensor: int, word: int
+) -> tuple[float, float, str]:
+    """Seconds of sampling, the part of them for communication, and what bounds a decoding step."""
+    reading = work.weights / tensor / rates.bandwidth
+    multiplying = work.step.products / tensor / rates.decode
+    cache = max(
+        work.cache / tensor / work.steps / rates.bandwidth, work.step.attention / tensor / rates.decode
+    )
+    fixed = rates.step_s + shape.layers * rates.layer_s
+    prompts = forward(shape, work.prompts).total / tensor / rates.forward
+    sums = 2 * shape.layers
+
+    def joining(tokens: float) -> float:
+        return sums * links.all_reduce(tokens * shape.hidden * word, tensor, 1)
+
+    step = max(reading, multiplying) + cache + fixed
+    communication = work.steps * joining(work.slots) + joining(work.prompts.line)
+    bounds = {
+        "reading weights": reading,
+        "products": multiplying,
+        "keys and values": cache,
+        "fixed time": fixed,
+    }
+    return work.steps * step + prompts + communication, communication, max(bounds, key=lambda n: bounds[n])

@@ -1,0 +1,178 @@
+"""What this machine reaches, measured on a short model of the run's widths with random weights."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tandem.config.run import Run
+from tandem.device import set_threads
+from tandem.engine import EmbeddedEngine, Request, SamplingParams
+from tandem.model import LanguageModel, token_logprobs
+from tandem.model.attention import NAME
+from tandem.model.load import DTYPES
+from tandem.model.new import new_tokenizer
+from tandem.train import footprint
+from tandem.train.footprint import Shape
+from tandem.train.plan.device import Rates
+from tandem.train.plan.work import Lengths, Tokens, decoding, forward, update
+from tandem.train.profile import measure_rates
+
+LARGEST = 10**8
+"""Weights of the short model at most: above, large products alone are measured."""
+ROUNDS = 5
+STEPS = 24
+"""Tokens that the engine samples."""
+LINK, USABLE = 1e9, 0.9
+"""Assumed bytes per second between processes of one machine without fast links, and share of the free memory."""
+
+
+def measured(run: Run, lengths: Lengths) -> Rates:
+    """Rates of the CPU; takes a few seconds."""
+    threads, cpu = set_threads(run.threads), torch.device("cpu")
+    dtype = DTYPES[run.model.dtype]
+    best = measure_rates(cpu, dtype)
+    shape = footprint.shape_of(run.model, None)
+    outside = shape.embedding + (0 if shape.tied else shape.head)
+    layers = int(min(shape.layers, (LARGEST - outside) // ((shape.parameters - outside) / shape.layers)))
+    common = Rates(
+        update=best.flops_per_s,
+        forward=best.flops_per_s,
+        decode=best.flops_per_s,
+        bandwidth=best.bytes_per_s,
+        step_s=0.0,
+        layer_s=0.0,
+        near=LINK,
+        far=LINK,
+        host=best.bytes_per_s,
+        usable=USABLE * footprint.host_bytes(),
+        host_memory=0.0,
+        origin=f"measured on this machine with {threads} threads, large products alone: the least that a step takes",
+    )
+    if layers < 1:
+        return common
+    small = shortened(shape, layers)
+    model = short_model(run, layers)
+    passes = replace(common, **learner_rates(run, model, small, lengths))
+    origin = (
+        f"measured on this machine with {threads} threads on {layers} of the model's {shape.layers} layers"
+    )
+    return replace(passes, **engine_rates(run, model, small, lengths, passes), origin=origin)
+
+
+def shortened(shape: Shape, layers: int) -> Shape:
+    """The sizes with fewer layers and no adapter."""
+    outside = shape.embedding + (0 if shape.tied else shape.head)
+    inside = (shape.parameters - shape.adapter - outside) * layers // shape.layers
+    return replace(
+        shape,
+        layers=layers,
+        parameters=inside + outside,
+        trainable=inside + outside,
+        dense=(shape.dense - shape.adapter) * layers // shape.layers,
+        key_value=shape.key_value * layers // shape.layers,
+        expert_parameters=shape.expert_parameters * layers // shape.layers,
+        adapter=0,
+    )
+
+
+def short_model(run: Run, layers: int) -> LanguageModel:
+    with torch.device("meta"):
+        config = footprint.bare_network(run.model, None).config
+    config.num_hidden_layers = layers
+    if config.to_dict().get("layer_types"):
+        config.layer_types = config.layer_types[:layers]
+    network = AutoModelForCausalLM.from_config(
+        config, attn_implementation=NAME, dtype=DTYPES[run.model.dtype]
+    )
+    return LanguageModel(network, new_tokenizer(), "measured")
+
+
+def learner_rates(run: Run, model: LanguageModel, shape: Shape, lengths: Lengths) -> dict[str, float]:
+    """Of one full micro-batch of groups with their prompts computed once."""
+    p, a = round(lengths.prompt), round(lengths.answer)
+    group = run.sampling.answers_per_prompt
+    groups = max(1, int(run.learner.tokens_per_forward // (p + group * a)))
+    groups = min(groups, run.sampling.prompts_per_step // run.learner.updates_per_step)
+    answers = max(1, min(group, (run.learner.tokens_per_forward - p) // a))
+    rows = groups * answers
+    tokens_BT = torch.randint(0, min(256, model.vocab_size), (rows, p + a))
+    mask_BT = torch.arange(p + a).expand(rows, -1) >= p
+    group_B = torch.arange(groups).repeat_interleave(answers)
+
+    def logprobs() -> Tensor:
+        logp_BT, _ = token_logprobs(
+            model,
+            tokens_BT,
+            mask_BT,
+            torch.full((rows,), p + a),
+            prompt_length_B=torch.full((rows,), p),
+            group_B=group_B,
+            temperature=run.sampling.temperature,
+            logits_bytes=run.learner.logits_mb * footprint.MIB,
+            attention=run.learner.attention,
+        )
+        return logp_BT
+
+    def learn() -> None:
+        model.network.zero_grad()
+        logprobs().sum().backward()
+
+    work = Tokens(
+        line=groups * p + rows * a,
+        predicted=rows * a,
+        pairs=groups * p * p / 2 + rows * (p * a + a * a / 2),
+    )
+    model.network.train()
+    if run.learner.checkpointing:
+        model.network.gradient_checkpointing_enable({"use_reentrant": False})
+    learning = typical(learn)
+    model.network.eval()
+    with torch.no_grad():
+        reading = typical(logprobs)
+    return {
+        "update": update(run, shape, work).total / learning,
+        "forward": forward(shape, work).total / reading,
+    }
+
+
+def engine_rates(
+    run: Run, model: LanguageModel, shape: Shape, lengths: Lengths, rates: Rates
+) -> dict[str, float]:
+    """From decoding steps with one answer, and with as many as there are slots."""
+    p, steps = round(lengths.prompt), min(round(lengths.answer), STEPS)
+    engine = EmbeddedEngine(model, run.sampling.slots, run.learner.tokens_per_forward)
+    short = replace(lengths, answer=float(steps), longest_answer=steps)
+
+    def seconds(answers: int, tokens: int) -> float:
+        group = run.sampling.answers_per_prompt
+        requests = [
+            Request(tokens=tuple(i // group % 199 + j % 50 for j in range(p)), key=i) for i in range(answers)
+        ]
+        params = SamplingParams(max_tokens=tokens, min_tokens=tokens)
+        return typical(lambda: engine.generate(requests, params))
+
+    def step(answers: int) -> float:
+        return max(1e-7, (seconds(answers, steps) - seconds(answers, 1)) / max(1, steps - 1))
+
+    slots = min(run.sampling.slots, run.rollouts_per_step)
+    one, all_of_them = step(1), step(slots)
+    work = decoding(run, shape, short, slots, slots, joined=True)
+    reading = work.weights / rates.bandwidth
+    layer = max(0.0, one - reading) / shape.layers
+    left = all_of_them - shape.layers * layer - work.cache / work.steps / rates.bandwidth
+    return {"layer_s": layer, "decode": work.step.products / max(left, reading)}
+
+
+def typical(act: Callable[[], object]) -> float:
+    """Seconds, the median of a few after one that does not count."""
+    times = []
+    for _ in range(ROUNDS + 1):
+        began = time.perf_counter()
+        act()
+        times.append(time.perf_counter() - began)
+    return median(times[1:])

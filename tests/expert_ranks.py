@@ -1,0 +1,108 @@
+"""What the processes that split a mixture's experts are asked in a test."""
+
+from pathlib import Path
+
+import torch
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from parallel_ranks import CPU, Case, go_on, save_and_go_on, single, spread, update
+from tandem.config.layout import Layout
+from tandem.config.sections import Model
+from tandem.model.parallel.grid import connect
+from tandem.placement.ranks import build_reference
+from tandem.types import take
+from tiny_models import SHAPE
+
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+FAMILIES = {
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SHAPE, **HEADS, **EXPERTS, head_dim=16, norm_topk_prob=True)
+    ),
+    "qwen2_moe": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(**SHAPE, **HEADS, **EXPERTS, shared_expert_intermediate_size=40)
+    ),
+    # Often no token of a micro-batch goes to any expert of a process.
+    "one choice": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SHAPE, **HEADS, **{**EXPERTS, "num_experts_per_tok": 1}, head_dim=16)
+    ),
+}
+
+
+class Mixture(Case):
+    """With adapters on attention only."""
+
+    def model(self, folder: Path) -> Model:
+        made = super().model(folder)
+        if made.lora is None:
+            return made
+        return made.model_copy(
+            update={"lora": made.lora.model_copy(update={"targets": ["q_proj", "v_proj"]})}
+        )
+
+
+def case(layout: dict[str, object], family: str = "qwen3_moe", **keys: object) -> Case:
+    return Mixture(layout=layout, family=family, **keys)
+
+
+CASES = {
+    4: {
+        "expert of 4": case({"expert": 4}),
+        "expert x shard": case({"expert": 2}),
+        "expert x replicate": case({"expert": 2, "replicate": 2}),
+        "expert x context": case({"expert": 4, "context": 2}),
+        "expert x pipeline": case({"expert": 2, "pipeline": 2}),
+        "expert x shard lora": case({"expert": 2}, lora=True),
+        "few visitors": case({"expert": 4}, "one choice", learner={"tokens_per_forward": 1}),
+    },
+    2: {
+        "expert": case({"expert": 2}),
+        "shared expert": case({"expert": 2}, "qwen2_moe"),
+        "shard": case({}),
+        "pipeline": case({"pipeline": 2}),
+        "expert lora": case({"expert": 2}, lora=True),
+        "expert, recomputed": case({"expert": 2}, learner={"checkpointing": True}),
+        "expert, one row": case({"expert": 2}, rows=1),
+    },
+}
+
+
+def everything(rank: int, world: int, address: str, place: str) -> None:
+    torch.set_num_threads(1)
+    connect(rank, world, address, CPU, timeout_s=120)
+    folder = Path(place)
+    for name, made in CASES[world].items():
+        update(made, folder, folder / f"{world} {name}", rank)
+    if world == 4:
+        nobody_comes(folder)
+        save_and_go_on(case({"expert": 2}), folder, folder / "saved", rank)
+        return
+    go_on(case({"expert": 2}), folder, folder / "saved", "expert", rank)
+    go_on(case({}), folder, folder / "saved", "shard", rank)
+    reference_in_another_layout(folder)
+    actor = spread(case({"expert": 2}), folder)
+    actor.model.save_merged(folder / "export")
+
+
+def nobody_comes(folder: Path) -> None:
+    """Experts without a token have a gradient too, or the processes that share them would not be in step. The plain
+    implementation leaves out what has no token."""
+    made = case({"expert": 4}, "one choice")
+    _, part = single(made, folder)
+    actor = spread(made, folder)
+    actor.model.network.set_experts_implementation("eager")
+    shortest = part.length_B.argmin()[None]
+    actor._accumulate(take(part, shortest), 0.05)
+    assert all(weight.grad is not None for weight in actor.model.trainable().values())
+
+
+def reference_in_another_layout(folder: Path) -> None:
+    made = case({"expert": 2})
+    _, part = single(made, folder)
+    actor = spread(made, folder)
+    start_BT = actor.logprobs(part)
+    reference = build_reference(made.run(folder), Layout(), actor)
+    actor.update([part], 0.05)
+    assert torch.allclose(reference.logprobs(part), start_BT, atol=1e-5)
+    reference.refresh(actor)
+    assert torch.allclose(reference.logprobs(part), actor.logprobs(part), atol=1e-5)

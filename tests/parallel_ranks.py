@@ -1,0 +1,309 @@
+"""What the processes of a parallel test run: updates of tiny models in many layouts, one launch for all of them."""
+
+import json
+import multiprocessing
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.multiprocessing import start_processes
+
+from tandem.checkpoint.sharded import read_sharded, write_sharded
+from tandem.config import Run
+from tandem.config.layout import Layout
+from tandem.config.sections import Model
+from tandem.learner import Actor
+from tandem.model import load
+from tandem.model.new import new_tokenizer
+from tandem.model.parallel.grid import Grid, connect
+from tandem.model.parallel.load import load_sharded
+from tandem.model.parallel.shard import on_grid
+from tandem.placement.ranks import actor_of, build_reference
+from tandem.types import Experience, take
+from tiny_step import experience, run
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A layout, and what else of the run is not as usual."""
+
+    layout: dict[str, Any]
+    family: str = "qwen2_grouped"
+    lora: bool = False
+    dtype: str = "fp32"
+    learner: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    chunks: bool = False
+    """The output head takes one token at a time, and again in the backward pass."""
+    rows: int = 12
+
+    @property
+    def reference(self) -> "Case":
+        """The same on one process."""
+        return replace(self, layout={})
+
+    def model(self, folder: Path) -> Model:
+        # A rank that no number of processes divides: some have more of an adapter than others, or nothing.
+        lora = {"rank": 3, "alpha": 8.0} if self.lora else None
+        return Model.model_validate({"path": str(folder / self.family), "lora": lora, "dtype": self.dtype})
+
+    def run(self, folder: Path) -> Run:
+        made = run(
+            optimizer={"lr": 0.5, "eps": 1.0, "clip_grad": None, **self.optimizer},
+            **{"tokens_per_forward": 64, **self.learner},
+        )
+        learner = made.learner.model_copy(update={"logits_mb": 0}) if self.chunks else made.learner
+        return made.model_copy(update={"model": self.model(folder), "learner": learner})
+
+
+CASES = {
+    4: {
+        "shard": Case(layout={}),
+        "replicate x shard": Case(layout={"replicate": 2}),
+        "shard x sequence": Case(layout={"tensor": 2}),
+        "shard x tensor": Case(layout={"tensor": 2, "sequence": False}, family="qwen3"),
+        "context": Case(layout={"context": 4}),
+        "context x sequence": Case(layout={"context": 2, "tensor": 2}),
+        "shard x context": Case(layout={"context": 2}),
+        "tensor of 4": Case(layout={"tensor": 4}, family="qwen2_untied"),
+        "shard lora": Case(layout={}, lora=True),
+        "shard x sequence lora": Case(layout={"tensor": 2}, lora=True),
+    },
+    2: {
+        "shard": Case(layout={"shard": 2}),
+        "replicate": Case(layout={"replicate": 2}),
+        "tensor": Case(layout={"tensor": 2, "sequence": False}),
+        "sequence": Case(layout={"tensor": 2}),
+        "context": Case(layout={"context": 2}),
+        "shard untied": Case(layout={}, family="qwen2_untied"),
+        "sequence untied": Case(layout={"tensor": 2}, family="qwen2_untied"),
+        "tensor head norms": Case(layout={"tensor": 2, "sequence": False}, family="qwen3"),
+        "sequence head norms": Case(layout={"tensor": 2}, family="qwen3"),
+        "context one key head": Case(layout={"context": 2}, family="llama"),
+        "shard lora": Case(layout={}, lora=True),
+        "tensor lora": Case(layout={"tensor": 2, "sequence": False}, lora=True),
+        "sequence lora": Case(layout={"tensor": 2}, lora=True),
+        "context lora": Case(layout={"context": 2}, lora=True),
+        "shard, one pack": Case(layout={}, learner={"tokens_per_forward": 4096}),
+        "shard, one row": Case(layout={}, rows=1),
+        "shard, recomputed, head in chunks": Case(layout={}, learner={"checkpointing": True}, chunks=True),
+        "sequence, recomputed, head in chunks": Case(
+            layout={"tensor": 2}, learner={"checkpointing": True}, chunks=True
+        ),
+        "shard, gradients and optimizer on the host": Case(
+            layout={"offload_gradients": True}, optimizer={"offload": True}
+        ),
+        "shard, clipped": Case(layout={}, optimizer={"clip_grad": 0.05}),
+    },
+}
+
+SAVED = {
+    "plain": Case(layout={"tensor": 2}),
+    "adapter": Case(layout={"tensor": 2}, lora=True),
+    "masters": Case(layout={"tensor": 2}, dtype="bf16"),
+}
+"""Saved by 4 processes, resumed by 2 in each of these layouts."""
+RESUMED = {"shard": {}, "tensor": {"tensor": 2, "sequence": False}, "context": {"context": 2}}
+
+
+def single(case: Case, folder: Path) -> tuple[Actor, Experience]:
+    """One process, and the experience that every layout is given."""
+    case = case.reference
+    actor = Actor(load(case.model(folder), new_tokenizer(), CPU), case.run(folder))
+    return actor, take(experience(actor, off_policy=0.4), torch.arange(case.rows))
+
+
+def spread(case: Case, folder: Path) -> Actor:
+    """The actor in its layout."""
+    grid = Grid(Layout.model_validate(case.layout), CPU, "learner.layout")
+    return actor_of(case.run(folder), load_sharded(case.model(folder), new_tokenizer(), grid))
+
+
+def weights_of(actor: Actor) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in actor.weights()}
+
+
+def masters_of(actor: Actor) -> dict[str, torch.Tensor]:
+    model, weights = actor.model, actor.model.trainable()
+    return {
+        name: on_grid(values, weights[name], model.parts[name], model.grid).full_tensor()
+        for name, values in actor.optimizer.master_tensors.items()
+    }
+
+
+def launch(work: Callable[..., None], world: int, folder: Path) -> None:
+    """Run `work(rank, world, address, folder)` in so many processes; an error in one is this process's error."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    # The server imports torch once for the processes of all launches.
+    multiprocessing.set_forkserver_preload(["tandem.placement.ranks", "tandem.checkpoint.sharded"])
+    start_processes(work, (world, address, str(folder)), nprocs=world, start_method="forkserver")
+
+
+def everything(rank: int, world: int, address: str, place: str) -> None:
+    """What this number of processes is asked; rank 0 writes what came out."""
+    torch.set_num_threads(1)
+    connect(rank, world, address, CPU, timeout_s=120)
+    folder = Path(place)
+    for name, case in CASES[world].items():
+        update(case, folder, folder / f"{world} {name}", rank)
+    if world == 4:
+        for name, case in SAVED.items():
+            save_and_go_on(case, folder, folder / f"saved {name}", rank)
+    else:
+        for name, case in SAVED.items():
+            for layout, sizes in RESUMED.items():
+                go_on(replace(case, layout=sizes), folder, folder / f"saved {name}", layout, rank)
+        slices_only(folder)
+        a_new_model_is_the_same()
+        reference_in_another_layout(folder)
+        export_while_training(folder)
+
+
+def update(case: Case, folder: Path, out: Path, rank: int) -> None:
+    """Two updates: of an adapter, only the second moves both factors."""
+    _, part = single(case, folder)
+    actor = spread(case, folder)
+    logp_BT = actor.logprobs(part)
+    figures = actor.update([part, part], 0.05)
+    weights = weights_of(actor)
+    if rank == 0:
+        save_file({"logp_BT": logp_BT, **weights}, f"{out}.safetensors")
+        Path(f"{out}.json").write_text(json.dumps(figures))
+
+
+def save_and_go_on(case: Case, folder: Path, out: Path, rank: int) -> None:
+    _, part = single(case, folder)
+    actor = spread(case, folder)
+    actor.update([part, part], 0.05)
+    write_sharded(out, actor.model, actor.optimizer)
+    then, masters = weights_of(actor), masters_of(actor)
+    actor.update([part], 0.05)
+    later = weights_of(actor)
+    if rank == 0:
+        for name, tensors in {"then": then, "masters": masters, "later": later}.items():
+            save_file(tensors, f"{out} {name}.safetensors")
+
+
+def go_on(case: Case, folder: Path, saved: Path, layout: str, rank: int) -> None:
+    _, part = single(case, folder)
+    actor = spread(case, folder)
+    read_sharded(saved, actor.model, actor.optimizer)
+    assert actor.optimizer.updates == 2
+    for name, values in load_file(f"{saved} masters.safetensors").items():
+        assert torch.equal(masters_of(actor)[name], values), f"{layout}: master of {name}"
+    then = load_file(f"{saved} then.safetensors")
+    for name, weight in actor.weights():
+        assert torch.allclose(weight, then[name], atol=1e-7, rtol=1e-6), f"{layout}: {name}"
+    actor.update([part], 0.05)
+    later = weights_of(actor)
+    if rank == 0:
+        save_file(later, f"{saved} {layout}.safetensors")
+
+
+class Counting:
+    """`safe_open` that counts the bytes of the slices taken."""
+
+    read = 0
+
+    def __init__(self, *args: Any, **keys: Any) -> None:
+        self._file = safe_open(*args, **keys)
+
+    def __enter__(self) -> "Counting":
+        self._file = self._file.__enter__()
+        return self
+
+    def __exit__(self, *cause: Any) -> None:
+        self._file.__exit__(*cause)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def get_slice(self, name: str) -> "CountingSlice":
+        return CountingSlice(self._file.get_slice(name))
+
+
+class CountingSlice:
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        part = self._inner[index]
+        Counting.read += part.nbytes
+        return part
+
+
+def slices_only(folder: Path) -> None:
+    """Of two processes each reads half of a folder; where weights are only split over tensor, the norms too."""
+    total = sum(t.nbytes for t in load_file(folder / "qwen2_untied" / "model.safetensors").values())
+    safetensors.safe_open = Counting
+    for sizes, most in (({}, 0.5), ({"context": 2}, 0.5), ({"tensor": 2}, 0.52)):
+        Counting.read = 0
+        spread(Case(layout=sizes, family="qwen2_untied"), folder)
+        assert 0.45 * total < Counting.read <= most * total, (sizes, Counting.read / total)
+    safetensors.safe_open = safe_open
+
+
+def a_new_model_is_the_same() -> None:
+    config = Model.model_validate({"new": {"hidden_size": 32, "layers": 1, "heads": 4, "kv_heads": 2}})
+    whole = dict(load(config, new_tokenizer(), CPU, seed=5).weights())
+    for sizes in ({}, {"tensor": 2}):
+        grid = Grid(Layout.model_validate(sizes), CPU, "learner.layout")
+        for name, weight in load_sharded(config, new_tokenizer(), grid, seed=5).weights():
+            assert torch.equal(weight, whole[name]), (sizes, name)
+
+
+def reference_in_another_layout(folder: Path) -> None:
+    case = Case(layout={})
+    _, part = single(case, folder)
+    actor = spread(case, folder)
+    start_BT = actor.logprobs(part)
+    reference = build_reference(case.run(folder), Layout(tensor=2), actor)
+    actor.update([part], 0.05)
+    assert torch.allclose(reference.logprobs(part), start_BT, atol=1e-5)
+    assert not torch.allclose(actor.logprobs(part), start_BT, atol=1e-2)
+    reference.refresh(actor)
+    assert torch.allclose(reference.logprobs(part), actor.logprobs(part), atol=1e-5)
+    adapted = Case(layout={"tensor": 2}, lora=True)
+    actor = spread(adapted, folder)
+    base = build_reference(adapted.run(folder), Layout(), actor)
+    actor.update([part, part], 0.05)
+    assert torch.allclose(base.logprobs(part), start_BT, atol=1e-5)
+    assert not torch.allclose(actor.logprobs(part), start_BT, atol=1e-2)
+
+
+def offloaded(rank: int, world: int, address: str, place: str) -> None:
+    """Parameters in host memory, computed on the accelerator."""
+    device, folder = torch.device("cuda"), Path(place)
+    connect(rank, world, address, device, timeout_s=120)
+    case = Case(layout={"offload_parameters": True})
+    _, part = single(case, folder)
+    grid = Grid(Layout.model_validate(case.layout), device, "learner.layout")
+    actor = actor_of(case.run(folder), load_sharded(case.model(folder), new_tokenizer(), grid))
+    assert all(weight.device.type == "cpu" for weight in actor.model.trainable().values())
+    actor.update([part, part], 0.05)
+    save_file({name: weight.cpu() for name, weight in actor.weights()}, folder / "offloaded.safetensors")
+
+
+def export_while_training(folder: Path) -> None:
+    for name, case in {"whole": Case(layout={}), "adapter": Case(layout={"tensor": 2}, lora=True)}.items():
+        _, part = single(case, folder)
+        actor = spread(case, folder)
+        actor.update([part, part], 0.05)
+        actor.model.save_merged(folder / f"export {name}")
+        actor.model.save(folder / f"kept {name}")
+        logp_BT = actor.logprobs(part)
+        if actor.model.grid.host.get_rank() == 0:
+            save_file({"logp_BT": logp_BT}, folder / f"export {name}.safetensors")

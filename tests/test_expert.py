@@ -1,0 +1,115 @@
+"""A mixture's loss, gradient norm and updated weights are those of one process, wherever its experts are."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from expert_ranks import CASES, FAMILIES, everything
+from parallel_ranks import launch, single, weights_of
+from tandem.checkpoint.sharded import export_sharded
+from tandem.config.layout import Layout
+from tandem.engine.weights import named_tensors
+from tandem.errors import ConfigError
+from tandem.model import LanguageModel
+from tandem.model.mixture import apart
+from tandem.model.new import new_tokenizer
+from tandem.model.parallel.fit import check_fit
+from tiny_models import network, randomized
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which 4 and then 2 processes have worked."""
+    made = tmp_path_factory.mktemp("expert")
+    for family, make in FAMILIES.items():
+        randomized(make()).save_pretrained(made / family)
+        new_tokenizer().save_pretrained(made / family)
+    for world in CASES:
+        launch(everything, world, made)
+    return made
+
+
+@pytest.mark.parametrize(("world", "name"), [(world, name) for world in CASES for name in CASES[world]])
+def test_experts_elsewhere_do_what_experts_here_do(place, world, name):
+    made = CASES[world][name]
+    actor, part = single(made, place)
+    logp_BT, start = actor.logprobs(part), weights_of(actor)
+    figures = actor.update([part, part], 0.05)
+    weights = weights_of(actor)
+    moved = {n: float((weights[n] - start[n]).abs().max()) for n in weights}
+    assert max(moved.values()) > 2e-3
+    assert made.lora or max(size for n, size in moved.items() if ".experts." in n) > 2e-3
+    theirs = load_file(place / f"{world} {name}.safetensors")
+    torch.testing.assert_close(theirs.pop("logp_BT"), logp_BT, atol=1e-5, rtol=1e-5)
+    assert theirs.keys() == weights.keys()
+    for key, weight in weights.items():
+        torch.testing.assert_close(
+            theirs[key], weight, atol=1e-5, rtol=1e-5, msg=lambda said, key=key: f"{key}: {said}"
+        )
+    found = json.loads((place / f"{world} {name}.json").read_text())
+    assert found.keys() == figures.keys()
+    for key, value in found.items():
+        # A ratio is the exponential of a difference of log-probabilities.
+        close = 1e-4 if "ratio" in key else 1e-5
+        assert value == pytest.approx(figures[key], rel=close, abs=1e-5), key
+
+
+@pytest.mark.parametrize("layout", ["expert", "shard"])
+def test_a_checkpoint_goes_on_with_the_experts_elsewhere(place, layout):
+    later = load_file(place / "saved later.safetensors")
+    found = load_file(place / f"saved {layout}.safetensors")
+    assert found.keys() == later.keys()
+    for key, weight in found.items():
+        torch.testing.assert_close(weight, later[key], atol=1e-5, rtol=1e-5)
+
+
+def test_folders_have_the_experts_apart(place):
+    original = load_file(place / "qwen3_moe" / "model.safetensors")
+    assert "model.layers.1.mlp.experts.7.down_proj.weight" in original
+    exported = load_file(place / "export" / "model.safetensors")
+    assert exported.keys() == original.keys()
+    assert all(torch.equal(exported[key], original[key]) for key in original)
+    folder = export_sharded(place / "saved", place / "from saved")
+    then = load_file(place / "saved then.safetensors")
+    saved = load_file(folder / "model.safetensors")
+    assert saved.keys() == original.keys()
+    for key in saved:
+        torch.testing.assert_close(saved[key], then[key], atol=1e-7, rtol=1e-6)
+
+
+def test_an_engine_is_sent_the_experts_apart():
+    model = LanguageModel(randomized(FAMILIES["qwen3_moe"]()), new_tokenizer(), "qwen3_moe")
+    own = named_tensors(model)
+    sent = dict(model.weights())
+    assert own.keys() == sent.keys()
+    name = "model.layers.1.mlp.experts.5.up_proj.weight"
+    own[name].fill_(7.0)
+    assert (sent[name] == 7.0).all()
+
+
+def test_experts_are_named_one_by_one():
+    fused = torch.arange(24.0).view(2, 4, 3)
+    found = dict(apart("model.layers.3.mlp.experts.gate_up_proj", fused, first=6))
+    assert list(found) == [
+        f"model.layers.3.mlp.experts.{e}.{p}_proj.weight" for e in (6, 7) for p in ("gate", "up")
+    ]
+    assert torch.equal(found["model.layers.3.mlp.experts.7.up_proj.weight"], fused[1, 2:])
+    assert list(apart("model.norm.weight", fused)) == [("model.norm.weight", fused)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "family", "said"),
+    [
+        ({"expert": 2}, "qwen2_tied", r"learner.layout.expert=2: the model \(qwen2\) has no experts that"),
+        ({"expert": 3, "shard": 3}, "qwen3_moe", "expert=3: the model .* has 8 experts"),
+        ({"expert": 2, "shard": 3}, "qwen3_moe", "expert=2 does not divide shard=3 x context=1"),
+    ],
+    ids=str,
+)
+def test_experts_that_cannot_be_split_are_refused_before_anything_is_loaded(keys, family, said):
+    made = FAMILIES[family]() if family in FAMILIES else network(family)
+    with pytest.raises(ConfigError, match=said):
+        check_fit(Layout.model_validate(keys), made.config, keys.get("shard", 2), "learner.layout")

@@ -1,0 +1,206 @@
+"""Loss, gradient norm and updated weights on many processes are those of one, and no process reads another's part."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
+
+from parallel_ranks import CASES, CPU, RESUMED, SAVED, Case, everything, launch, offloaded, single, weights_of
+from tandem.checkpoint.sharded import export_sharded
+from tandem.config.layout import Layout
+from tandem.config.sections import Model
+from tandem.errors import ConfigError
+from tandem.learner import Actor, micro_batches, silenced
+from tandem.model import load
+from tandem.model.new import new_tokenizer
+from tandem.model.parallel.fit import check_fit
+from tandem.model.parallel.grid import Axis
+from tandem.model.parallel.share import shares
+from tandem.model.parallel.tensor import split
+from tiny_models import network
+from tiny_step import batch, run
+
+FAMILIES = ("qwen2_grouped", "qwen2_untied", "qwen3", "llama")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which 4 and then 2 processes have worked."""
+    made = tmp_path_factory.mktemp("parallel")
+    for family in FAMILIES:
+        network(family).save_pretrained(made / family)
+        new_tokenizer().save_pretrained(made / family)
+    for world in CASES:
+        launch(everything, world, made)
+    return made
+
+
+@pytest.mark.parametrize(("world", "name"), [(world, name) for world in CASES for name in CASES[world]])
+def test_many_processes_do_what_one_does(place, world, name):
+    case = CASES[world][name]
+    actor, part = single(case, place)
+    logp_BT, start = actor.logprobs(part), weights_of(actor)
+    figures = actor.update([part, part], 0.05)
+    weights = weights_of(actor)
+    assert max(float((weights[n] - start[n]).abs().max()) for n in weights) > 2e-3
+    theirs = load_file(place / f"{world} {name}.safetensors")
+    torch.testing.assert_close(theirs.pop("logp_BT"), logp_BT, atol=1e-5, rtol=1e-5)
+    assert theirs.keys() == weights.keys()
+    for key, weight in weights.items():
+        torch.testing.assert_close(theirs[key], weight, atol=1e-5, rtol=1e-5, msg=key)
+    found = json.loads((place / f"{world} {name}.json").read_text())
+    for key, value in found.items():
+        # A ratio is the exponential of a difference of log-probabilities.
+        close = 1e-4 if "ratio" in key else 1e-5
+        assert value == pytest.approx(figures[key], rel=close, abs=1e-5), key
+
+
+@pytest.mark.parametrize("layout", RESUMED)
+@pytest.mark.parametrize("name", SAVED)
+def test_a_checkpoint_goes_on_in_another_layout(place, name, layout):
+    later = load_file(place / f"saved {name} later.safetensors")
+    then = load_file(place / f"saved {name} then.safetensors")
+    close = 3e-2 if SAVED[name].dtype == "bf16" else 1e-5
+    for key, weight in load_file(place / f"saved {name} {layout}.safetensors").items():
+        torch.testing.assert_close(weight, later[key], atol=close, rtol=close, msg=key)
+    assert any(not torch.equal(then[key], later[key]) for key in then)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_checkpoint_becomes_a_hugging_face_folder_without_its_processes(place, name):
+    case = SAVED[name]
+    folder = export_sharded(place / f"saved {name}", place / f"exported {name}")
+    assert not any(path.suffix in (".pt", ".distcp", ".pkl") for path in (place / f"saved {name}").rglob("*"))
+    then = load_file(place / f"saved {name} then.safetensors")
+    if case.lora:
+        found = weights_of(Actor(load(case.model(place), new_tokenizer(), CPU, resume=folder), run()))
+    else:
+        found = dict(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").named_parameters())
+    assert found.keys() == then.keys()
+    for key, weight in then.items():
+        torch.testing.assert_close(found[key].detach(), weight, atol=1e-7, rtol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", ["whole", "adapter"])
+def test_an_export_while_training_is_the_model(place, name):
+    case = Case(layout={}, lora=name == "adapter")
+    _, part = single(case, place)
+    logp_BT = load_file(place / f"export {name}.safetensors")["logp_BT"]
+    merged = load(Model(path=str(place / f"export {name}")), new_tokenizer(), CPU)
+    kept = load(case.model(place), new_tokenizer(), CPU, resume=place / f"kept {name}")
+    for model in (merged, kept):
+        torch.testing.assert_close(Actor(model, run()).logprobs(part), logp_BT, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 16])
+def test_sequences_are_shared_out_evenly_and_once(ranks):
+    raw = batch(seed=3, groups=6, answers=4)
+    found = shares(raw.length_B, raw.prompt_length_B, raw.group_B, ranks)
+    assert sorted(torch.cat(found).tolist()) == list(range(raw.size))
+    loads = [int(raw.length_B[rows].sum()) for rows in found]
+    fair, longest = sum(loads) / ranks, int(raw.length_B.max())
+    assert max(loads) <= 1.35 * fair + longest
+
+
+def test_groups_stay_together_where_that_is_fair():
+    length_B, prompt_B = torch.full((12,), 20), torch.full((12,), 10)
+    group_B = torch.arange(4).repeat_interleave(3)
+    for rows in shares(length_B, prompt_B, group_B, 4):
+        assert len(group_B[rows].unique()) == 1 and len(rows) == 3
+    # One large group must not keep three of four processes waiting.
+    sizes = [len(rows) for rows in shares(length_B, prompt_B, torch.zeros(12, dtype=torch.long), 4)]
+    assert sizes == [3, 3, 3, 3]
+
+
+def test_a_silenced_part_has_no_loss_and_no_gradient(place):
+    actor, part = single(Case(layout={}), place)
+    quiet = silenced(part)
+    assert quiet.size == 1 and not quiet.mask_BT.any() and not quiet.weight_BT.any()
+    sums = actor._accumulate(quiet, 0.05)
+    assert sums["loss/total"] == 0 and sums["tokens"] == 0
+    assert all(not weight.grad.any() for weight in actor.model.trainable().values())
+
+
+def test_one_process_cuts_as_before():
+    actor_rows = micro_batches(*(torch.tensor(x) for x in ([5, 9, 9, 3],)), 18)
+    assert [rows.tolist() for rows in actor_rows] == [[1, 2], [0, 3]]
+
+
+@pytest.mark.parametrize(
+    ("keys", "world", "expected"),
+    [
+        ({}, 8, (1, 8, 1, 1)),
+        ({"tensor": 2}, 8, (1, 4, 1, 2)),
+        ({"replicate": 2, "context": 2}, 8, (2, 2, 2, 1)),
+        ({"shard": 1}, 1, (1, 1, 1, 1)),
+    ],
+    ids=str,
+)
+def test_what_the_axes_leave_over_is_sharded(keys, world, expected):
+    assert Layout.model_validate(keys).sizes(world) == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "world", "said"),
+    [
+        ({"shard": 3}, 4, "replicate=1 x shard=3 x context=1 x tensor=1 does not give 4 processes"),
+        ({"tensor": 8}, 4, "shard=rest x context=1 x tensor=8 does not give 4 processes"),
+        ({"tensor": 4}, 4, "learner.layout.tensor=4 does not divide the model's num_key_value_heads=2"),
+        ({"context": 3}, 3, r"context=3 does not divide the model's 8 attention heads; .* \[1, 2, 4, 8\]"),
+        ({"tensor": 2, "context": 8}, 16, "tensor=2 x context=8 does not divide"),
+    ],
+    ids=str,
+)
+def test_a_layout_that_does_not_fit_is_refused_before_anything_is_loaded(keys, world, said):
+    config = network("qwen2_grouped").config
+    with pytest.raises(ConfigError, match=said):
+        check_fit(Layout.model_validate(keys), config, world, "learner.layout")
+
+
+def test_a_model_without_a_plan_can_be_sharded_but_not_split():
+    config = GPTNeoXConfig(num_hidden_layers=1, num_key_value_heads=64)
+    config.base_model_tp_plan = None
+    check_fit(Layout(), config, 2, "learner.layout")
+    with pytest.raises(ConfigError, match="GPTNeoXConfig carries no plan"):
+        check_fit(Layout(tensor=2), config, 2, "learner.layout")
+
+
+def test_a_split_leaves_each_process_its_part_of_every_weight():
+    whole = network("qwen2_grouped").state_dict()
+    halves, parts = [], None
+    for rank in range(2):
+        half = network("qwen2_grouped")
+        parts = split(half, half, Axis(size=2, rank=rank, group=None), sequence=True, where="learner.layout")
+        assert half.lm_head.weight is half.model.embed_tokens.weight
+        halves.append(dict(half.named_parameters()))
+    assert {name.split(".")[-2] for name, part in parts.items() if part.dim == 1} == {"o_proj", "down_proj"}
+    for name, part in parts.items():
+        both = [half[name] for half in halves]
+        joined = both[0] if part.dim is None else torch.cat(both, part.dim)
+        assert torch.equal(joined, whole[name]), name
+        assert part.summed == (part.dim is None), name
+
+
+def test_an_adapter_on_the_embedding_is_not_split():
+    adapted = get_peft_model(network("llama"), LoraConfig(r=2, target_modules=["embed_tokens"]))
+    with pytest.raises(ConfigError, match="cannot be split; leave them out"):
+        split(adapted, adapted.get_base_model(), Axis(size=2, rank=0, group=None), True, "learner.layout")
+
+
+def test_offloaded_parameters_bring_their_gradients_along():
+    with pytest.raises(ValueError, match="leave offload_gradients false"):
+        Layout(offload_parameters=True, offload_gradients=True)
+
+
+@pytest.mark.gpu
+def test_weights_in_host_memory_train_the_same(place):
+    launch(offloaded, 1, place)
+    actor, part = single(Case(layout={}), place)
+    actor.update([part, part], 0.05)
+    theirs = load_file(place / "offloaded.safetensors")
+    for key, weight in weights_of(actor).items():
+        torch.testing.assert_close(theirs[key], weight, atol=1e-4, rtol=1e-4, msg=key)

@@ -1,0 +1,238 @@
+"""Roles on processes that Ray placed: the same run as in one process, whatever dies on the way."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ray_runs import SMALL, alive, end, family, pids, steps_done, trajectory, wait_until
+from small_recipe import environment, recipe, start
+from tandem.checkpoint import newest
+from tandem.config import load
+from tandem.errors import ConfigError
+from tandem.journal import read_metrics
+from tandem.placement.cluster.build import weights_root
+from tandem.train.run import Launch, train
+from tandem.train.session import Session
+
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+
+RAY = {"cpus": 1, "start_timeout_s": 120, "engine_timeout_s": 60, "learner_timeout_s": 60}
+
+
+@pytest.fixture(scope="module")
+def inline(tmp_path_factory) -> list[dict]:
+    """The trajectory in one process."""
+    return run_in(tmp_path_factory.mktemp("inline"))
+
+
+def run_in(folder: Path, **changes) -> list[dict]:
+    folder.mkdir(exist_ok=True)
+    path = recipe(folder, **SMALL | changes)
+    train(load(path), Launch(recipe=str(path)))
+    return trajectory(folder / "run")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "run" / "model" / "model.safetensors")
+
+
+def test_colocated_is_the_run_of_one_process(inline, tmp_path):
+    assert run_in(tmp_path, placement={"kind": "colocated", **RAY}) == inline
+
+
+def test_apart_is_the_run_of_one_process_though_an_engine_dies_and_another_hangs(
+    inline, tmp_path, monkeypatch
+):
+    """Whoever takes over answers the same, from the same weights."""
+    expected, hit = inline, []
+    after = Session.after
+
+    def strike(self, step, *rest):
+        after(self, step, *rest)
+        if step in (4, 9):
+            victim = pids(tmp_path / "run", "engine")[-1]
+            hit.append(victim)
+            os.kill(victim, signal.SIGKILL if step == 4 else signal.SIGSTOP)
+
+    monkeypatch.setattr(Session, "after", strike)
+    placement = {"kind": "apart", **RAY, "engine_timeout_s": 8, "backoff_s": 0.1}
+    assert run_in(tmp_path, placement=placement) == expected
+    seen = pids(tmp_path / "run", "engine")
+    assert len(set(seen)) == 3 and hit == seen[:2], "two engines were replaced"
+    assert not any(psutil.pid_exists(pid) for pid in seen)
+
+
+def test_several_engines_and_learners_do_what_one_process_does(inline, tmp_path):
+    ours = run_in(tmp_path, placement={"kind": "apart", **RAY, "engines": 2, "learners": 2}, steps=6)
+    for row, other in zip(ours[:6], inline[:6], strict=True):
+        assert row["reward/mean"] == other["reward/mean"] and row["version"] == other["version"]
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert row["kl/reference"] == pytest.approx(other["kl/reference"], abs=1e-6)
+
+
+def test_a_killed_driver_leaves_nothing_and_a_killed_learner_a_checkpoint(tmp_path):
+    """Both times the same command goes on, and the end is that of a run that was never touched."""
+    changes = SMALL | {"steps": 6, "checkpoint": {"every": 1}, "eval": {"every": None}}
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    run_in(whole, **changes)
+    part.mkdir()
+    path = recipe(part, **changes, placement={"kind": "apart", **RAY})
+    done = lambda steps: lambda: steps_done(part / "run") >= steps  # noqa: E731
+
+    driver = start("train", path)
+    wait_until("two steps are done", done(2))
+    processes = family(driver.pid)
+    left = weights_root(load(path), part / "run")
+    assert list(left.glob("v*"))
+    assert len(processes) > 5
+    end(driver.pid)
+    driver.wait()
+    wait_until("all processes are gone", lambda: not alive(processes[1:]), 5)
+    wait_until("and the weights in shared memory", lambda: not left.exists(), 5)
+
+    driver = start("train", path)
+    wait_until("four steps are done", done(4))
+    end(pids(part / "run", "learner")[-1])
+    _, errors = driver.communicate(timeout=60)
+    assert driver.returncode not in (0, None)
+    assert re.search(r"learner 0 \(node \w+ at [\d.]+, pid \d+\) died during", errors), errors
+    assert "goes on from its last checkpoint" in " ".join(errors.split())
+    assert newest(part / "run" / "checkpoints", strict=True) is not None
+
+    done_now = subprocess.run(
+        [sys.executable, "-m", "tandem", "train", str(path)], env=environment(), timeout=120
+    )
+    assert done_now.returncode == 0
+    assert trajectory(part / "run") == trajectory(whole / "run")
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(part)[name], tensor), name
+
+
+def test_an_error_inside_a_worker_says_role_node_and_cause(tmp_path):
+    """The driver does not look into the checkpoint that a learner is to begin with."""
+    path = recipe(
+        tmp_path, **SMALL | {"steps": 1}, placement={"kind": "apart", **RAY}, reference={"path": "/nowhere"}
+    )
+    with pytest.raises(
+        ConfigError, match=r"learner 0 \(node \w+ at .*, pid \d+\): model.path=/nowhere does not exist"
+    ):
+        train(load(path), Launch(recipe=str(path)))
+
+
+@pytest.mark.parametrize(("keys", "said"), [
+    ({"kind": "inline", "engines": 2}, "placement.engines is for placement.kind=colocated or apart"),
+    ({"kind": "colocated", "engines": 2}, "pairs each learner with an engine"),
+])  # fmt: skip
+def test_keys_that_cannot_be_meant_are_refused(tmp_path, keys, said):
+    with pytest.raises(ConfigError, match=said):
+        load(recipe(tmp_path, placement=keys))
+
+
+def test_colocated_refuses_lag_and_apart_other_roads(tmp_path):
+    with pytest.raises(ConfigError, match="engines and learners take turns"):
+        load(recipe(tmp_path, placement={"kind": "colocated"}, sampling={"max_lag": 1}))
+    with pytest.raises(ConfigError, match="use auto or files"):
+        load(recipe(tmp_path, placement={"kind": "apart"}, engine={"transfer": "broadcast"}))
+
+
+def small(folder: Path, **more) -> list[str]:
+    """Overrides under which a recipe of the project is done in seconds, and still what it is."""
+    values = {
+        "run_dir": str(folder / "run"),
+        "steps": 3,
+        "sampling.prompts_per_step": 4,
+        "sampling.answers_per_prompt": 4,
+        "sampling.max_answer_tokens": 12,
+        "eval.every": "null",
+        "journal.sinks": "[jsonl]",
+        "journal.samples": 0,
+        "placement.cpus": 1,
+        "threads": 1,
+    }
+    return [f"{key}={value}" for key, value in (values | more).items()]
+
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "runs"
+TINY = {
+    "model.new": "{hidden_size: 32, layers: 1, heads: 2, kv_heads: 1, max_positions: 128}",
+}
+
+
+WARM = {"node": {"warmup.steps": 20, "warmup.batch": 8}, "decoupled": {"warmup": "null"}}
+
+
+@pytest.mark.parametrize("name", WARM)
+def test_recipes_of_one_machine_run(tmp_path, name):
+    """Through the warm-up, which is made in the driver and taken over by the learners; with one of these, a run with
+    lag too is that of one process."""
+    keys = TINY | WARM[name]
+    run = load(RECIPES / f"{name}.yaml", small(tmp_path, **keys))
+    train(run, Launch(recipe=name))
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    steps = [row for row in rows if "reward/mean" in row]
+    assert [row["version"] for row in steps] == [1, 2, 3]
+    assert max(row["rollout/lag_max"] for row in steps) == run.sampling.max_lag > 0
+    assert all("timing/non_overlap_rollout" in row for row in steps)
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+    if run.placement.learners == 1:
+        whole = load(RECIPES / f"{name}.yaml", [*small(tmp_path / "whole", **keys), "placement.kind=inline"])
+        train(whole, Launch(recipe=name))
+        assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole" / "run")
+
+
+def test_two_nodes_joined_by_address_run_the_cluster_recipe(tmp_path, random_folder):
+    """Two Ray nodes on this machine, started with the commands of docs/cluster.md."""
+    questions = tmp_path / "train.jsonl"
+    rows = [{"question": f"{i} and {i}?", "answer": f"#### {2 * i}"} for i in range(20)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "token").write_text("a" * 64)
+    environ = environment() | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
+        "RAY_TMPDIR": "/tmp",
+    }
+    ray_command = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
+    size = ["--num-cpus=2", "--object-store-memory=100000000", "--disable-usage-stats"]
+
+    def command(*words: str) -> str:
+        done = subprocess.run([ray_command, *words], env=environ, capture_output=True, text=True, timeout=90)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    try:
+        head = command("start", "--head", "--port=6399", "--include-dashboard=false", *size)
+        address = re.search(r"--address='([\d.]+:\d+)'", head)[1]
+        command("start", f"--address={address}", *size)
+        overrides = small(tmp_path, **{
+            "model.path": random_folder,
+            "model.dtype": "fp32",
+            "data.train": questions,
+            "data.template": "plain",
+            "engine.kind": "embedded",
+            "placement.address": address,
+            "placement.learners": 1,
+            "placement.engines": 2,
+            "placement.spread": "true",
+            "algorithm.kl.coef": 0.0,
+        })  # fmt: skip
+        words = [sys.executable, "-m", "tandem", "train", str(RECIPES / "cluster.yaml"), *overrides]
+        done = subprocess.run(words, env=environ, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+    finally:
+        command("stop", "--force")
+    nodes = {
+        re.search(r"node (\w+)", log.read_text())[1] for log in (tmp_path / "run" / "logs").glob("*.log")
+    }
+    assert len(nodes) == 2, "the roles were on both nodes"
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")][-1] in (2, 3)
