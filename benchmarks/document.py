@@ -161,7 +161,23 @@ def origin(record: dict[str, Any]) -> str:
     )
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"rollout": rollout_table, "grpo_step": step_table}
+def placement_table(case: dict[str, Any]) -> str:
+    """The share that overlaps is what sampling took beyond the time that the loop waited for it."""
+    heads = ["placement", "seconds per step", "sampling", "of it waited for", "update"]
+    rows = []
+    for row in case["rows"]:
+        phases = row["phases"]
+        rollout, waited = phases["timing/rollout"], phases["timing/non_overlap_rollout"]
+        alone = "all" if row["setting"].startswith("inline") else f"{waited:.3f}"
+        rows.append([row["setting"], spread(row), f"{rollout:.3f}", alone, f"{phases['timing/update']:.3f}"])
+    return table(heads, rows)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "rollout": rollout_table,
+    "grpo_step": step_table,
+    "placement": placement_table,
+}
 
 
 if __name__ == "__main__":
