@@ -20,7 +20,7 @@ def write(benchmark: str, args: argparse.Namespace, shape: Shape, cases: dict[st
     path = folder / f"{benchmark}-{shape.name}.json"
     record = {
         "benchmark": benchmark,
-        "command": shlex.join(["python", f"benchmarks/{benchmark}.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{benchmark}.py", *measured(sys.argv[1:])]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": machine.hardware(args.device, args.threads),
         "versions": machine.versions(),
@@ -38,6 +38,14 @@ def write(benchmark: str, args: argparse.Namespace, shape: Shape, cases: dict[st
     }
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def measured(arguments: list[str]) -> list[str]:
+    """Without where the results go, which changes nothing in them."""
+    if "--out" not in arguments:
+        return arguments
+    place = arguments.index("--out")
+    return arguments[:place] + arguments[place + 2 :]
 
 
 def read(benchmark: str, shape: str, folder: Path = FOLDER) -> dict[str, Any] | None:

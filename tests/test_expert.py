@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from expert_ranks import CASES, FAMILIES, everything
@@ -12,7 +13,7 @@ from parallel_ranks import launch, single, weights_of
 from tandem.checkpoint.sharded import export_sharded
 from tandem.config.layout import Layout
 from tandem.engine.weights import named_tensors
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, RunError
 from tandem.model import LanguageModel
 from tandem.model.mixture import apart
 from tandem.model.new import new_tokenizer
@@ -113,3 +114,10 @@ def test_experts_that_cannot_be_split_are_refused_before_anything_is_loaded(keys
     made = FAMILIES[family]() if family in FAMILIES else network(family)
     with pytest.raises(ConfigError, match=said):
         check_fit(Layout.model_validate(keys), made.config, keys.get("shard", 2), "learner.layout")
+
+
+def test_an_adapter_on_experts_is_not_left_out_of_whole_weights_unsaid():
+    on_experts = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    model = LanguageModel(get_peft_model(FAMILIES["qwen3_moe"](), on_experts), new_tokenizer(), "mixture")
+    with pytest.raises(RunError, match=r"model.lora.targets: .*experts"):
+        list(model.weights())

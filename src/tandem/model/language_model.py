@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, RunError
 from tandem.model.attention import Layout, Rows
 from tandem.model.head import chosen_logprobs
 from tandem.model.mixture import apart, is_mixture
@@ -162,6 +162,12 @@ class LanguageModel:
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         """As `weights`, with all experts of a layer in one tensor, as the model has them."""
         named = dict(self.module.named_parameters())
+        adapted = {name.partition(".lora_A.")[0] for name in named if ".lora_A." in name}
+        if odd := sorted(stem for stem in adapted if f"{stem}.base_layer.weight" not in named):
+            raise RunError(
+                f"model.lora.targets: the adapter of {odd[0]} cannot be merged into its weights, for it is no plain "
+                "linear layer; name targets that are, such as q_proj and v_proj"
+            )
         for name, weight in named.items():
             if ".lora_" in name:
                 continue
