@@ -21,6 +21,8 @@ import results
 from shape import Shape
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "runs" / "quickstart.yaml"
+# Rewards that differ within every group, or a step would have nothing to train on.
+REWARD = f"reward.functions=[{{name: {Path(__file__).with_name('reward.py')}:scrambled}}]"
 SHAPE = Shape(name="quickstart", hidden=128, layers=2, heads=4, kv_heads=2, intermediate=512, vocab=264)
 # Two threads in all: one process with both, or two with one each.
 APART = ["placement.kind=apart", "threads=1"]
@@ -41,11 +43,21 @@ def steps_of(overrides: list[str], folder: Path) -> list[dict[str, float]]:
     fixed = [
         f"steps={STEPS}",
         f"run_dir={folder}",
-        "warmup.steps=40",
+        "warmup.steps=20",
         "eval.every=null",
         "checkpoint.every=null",
     ]
-    command = [sys.executable, "-m", "tandem", "train", str(RECIPE), "--fresh", *fixed, "journal.samples=0"]
+    command = [
+        sys.executable,
+        "-m",
+        "tandem",
+        "train",
+        str(RECIPE),
+        "--fresh",
+        *fixed,
+        "journal.samples=0",
+        REWARD,
+    ]
     done = subprocess.run([*command, *overrides], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(overrides)} failed: {done.stderr.strip()[-2000:]}")
