@@ -1,6 +1,8 @@
 """The one module that knows device names: pick one, wait for it, ask its memory, set its threads."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -74,9 +76,33 @@ def capture(step: Callable[[], None], state: Sequence[Tensor], pool: tuple[int, 
     return graph
 
 
+def wide_vectors() -> bool:
+    """The CPU has AVX-512 and PyTorch was built with oneDNN."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+
+
 def set_threads(threads: int | None) -> int:
     """CPU threads for tensor work: the cores this process may use unless given. Returns the number set."""
     if threads is None:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(threads)
+    keep_freed_memory()
     return threads
+
+
+def keep_freed_memory() -> None:
+    """Tensors of one micro-batch are laid where those of the last one lay: fresh pages are slow to come by.
+
+    By default glibc gives each large block back to the system when it is freed.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        # The threshold is the highest that glibc takes.
+        for parameter, value in ((M_MMAP_THRESHOLD, 32 * 2**20), (M_TRIM_THRESHOLD, 2**30)):
+            libc.mallopt(parameter, value)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Names of malloc.h."""

@@ -8,11 +8,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import rms_norm
 from transformers import LlamaModel, Qwen2Model, Qwen3Model
 
 from tandem.model.attention import Layout
 from tandem.model.language_model import LanguageModel
+from tandem.model.product import Linear, added, gated, product
 
 FUSED = (Qwen2Model, Qwen3Model, LlamaModel)
 ROTATIONS = ("default", "linear", "llama3")
@@ -35,7 +36,8 @@ class Fused:
 
     def __init__(self, decoder: Qwen2Model | Qwen3Model | LlamaModel, positions: int) -> None:
         self.decoder = decoder
-        self.layers = [_Layer(layer, isinstance(decoder, Qwen3Model)) for layer in decoder.layers]
+        head_norms, silu = isinstance(decoder, Qwen3Model), decoder.config.hidden_act in ("silu", "swish")
+        self.layers = [_Layer(layer, head_norms, silu) for layer in decoder.layers]
         embedding = decoder.embed_tokens.weight
         place_T = torch.arange(positions, device=embedding.device)
         cos_1TD, sin_1TD = decoder.rotary_emb(embedding[:1, None], place_T[None])
@@ -55,10 +57,11 @@ class Fused:
 
 
 class _Layer:
-    def __init__(self, layer: nn.Module, head_norms: bool) -> None:
+    def __init__(self, layer: nn.Module, head_norms: bool, silu: bool) -> None:
         self.layer, self.attn, self.mlp = layer, layer.self_attn, layer.mlp
         self.into_heads = _Joined([self.attn.q_proj, self.attn.k_proj, self.attn.v_proj])
-        self.gate_up = _Joined([self.mlp.gate_proj, self.mlp.up_proj])
+        gate, up = self.mlp.gate_proj, self.mlp.up_proj
+        self.joins_gate = joins(gate) and joins(up) and silu
         self.dim = self.attn.head_dim
         self.key_heads = self.into_heads.sizes[1] // self.dim
         self.query_heads = self.into_heads.sizes[0] // self.dim
@@ -76,12 +79,15 @@ class _Layer:
         out_NHD = layout.attend(
             index, q_NHD.transpose(0, 1), k_NHD.transpose(0, 1), v_NHD.transpose(0, 1), self.attn.scaling
         )
-        return added(x_NH, self.attn.o_proj, out_NHD.reshape(len(x_NH), -1))
+        return onto(x_NH, self.attn.o_proj, out_NHD.reshape(len(x_NH), -1))
 
     def feed_forward(self, x_NH: Tensor) -> Tensor:
-        # Features first: with few tokens the product is faster so, and both halves are contiguous.
-        gate_FN, up_FN = self.gate_up.features(norm(self.layer.post_attention_layernorm, x_NH)).chunk(2)
-        return added(x_NH, self.mlp.down_proj, (self.mlp.act_fn(gate_FN) * up_FN).t())
+        normed_NH = norm(self.layer.post_attention_layernorm, x_NH)
+        if self.joins_gate:
+            inner_NF = gated(normed_NH, self.mlp.gate_proj.weight, self.mlp.up_proj.weight)
+        else:
+            inner_NF = self.mlp.act_fn(self.mlp.gate_proj(normed_NH)) * self.mlp.up_proj(normed_NH)
+        return onto(x_NH, self.mlp.down_proj, inner_NF)
 
 
 class _Joined:
@@ -97,12 +103,8 @@ class _Joined:
 
     def __call__(self, x_NH: Tensor) -> Tensor:
         if self.plain:
-            return linear(x_NH, self.weight, self.bias)
+            return product(x_NH, self.weight, self.bias)
         return torch.cat([layer(x_NH) for layer in self.layers], dim=-1)
-
-    def features(self, x_NH: Tensor) -> Tensor:
-        """[features, N]"""
-        return torch.mm(self.weight, x_NH.t()) if self.plain and self.bias is None else self(x_NH).t()
 
 
 def joined(parameters: list[nn.Parameter]) -> Tensor:
@@ -137,13 +139,16 @@ def norm(module: nn.Module, x: Tensor) -> Tensor:
     return rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
 
-def added(residual_NH: Tensor, layer: nn.Module, x_NF: Tensor) -> Tensor:
-    """residual + layer(x), in one operation where the layer is a plain product."""
-    if x_NF.dtype == torch.float32 and is_plain(layer) and layer.bias is None:
-        return torch.addmm(residual_NH, x_NF, layer.weight.t())
-    return residual_NH + layer(x_NF)
+def onto(residual_NH: Tensor, layer: nn.Module, x_NF: Tensor) -> Tensor:
+    """residual + layer(x)"""
+    return added(residual_NH, x_NF, layer.weight) if joins(layer) else residual_NH + layer(x_NF)
+
+
+def joins(layer: nn.Module) -> bool:
+    """A plain product without bias in float32, with which other operations can be made one."""
+    return is_plain(layer) and layer.bias is None and layer.weight.dtype == torch.float32
 
 
 def is_plain(layer: nn.Module) -> bool:
     """A linear layer without adapter, its weight whole on this device."""
-    return type(layer) is nn.Linear and type(layer.weight.data) is Tensor
+    return type(layer) in (nn.Linear, Linear) and type(layer.weight.data) is Tensor

@@ -15,6 +15,7 @@ from tandem.model.attention import Layout, Rows
 from tandem.model.head import chosen_logprobs
 from tandem.model.mixture import apart, is_mixture
 from tandem.model.parallel.mesh import ALONE, Mesh, norm_of
+from tandem.model.product import quicken
 from tandem.types import BatchT
 
 
@@ -27,6 +28,7 @@ class LanguageModel:
     def __init__(
         self, module: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, source: str
     ) -> None:
+        quicken(module)
         self.module = module
         self.tokenizer = tokenizer
         self.source = source

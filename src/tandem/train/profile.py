@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 
 from tandem.device import synchronize
 from tandem.model import LanguageModel
+from tandem.model.product import product
 from tandem.types import Group
 
 
@@ -51,9 +52,9 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     source = torch.zeros(size * size * 16, device=device)
     target = torch.empty_like(source)
-    product = best_time(lambda: a @ b, device)
+    product_s = best_time(lambda: product(a, b), device)
     copied = best_time(lambda: target.copy_(source), device)
-    return Rates(flops_per_s=2 * size**3 / product, bytes_per_s=2 * source.numel() * 4 / copied)
+    return Rates(flops_per_s=2 * size**3 / product_s, bytes_per_s=2 * source.numel() * 4 / copied)
 
 
 def best_time(act: Callable[[], object], device: torch.device) -> float:

@@ -1,0 +1,92 @@
+"""Products with weights: on CPUs with AVX-512 by oneDNN, where PyTorch's own would use half of the vector units.
+
+PyTorch multiplies float32 matrices with MKL, which takes its AVX-512 kernels on one maker's CPUs only. oneDNN, which
+PyTorch carries for short types, takes them on all. Both compute in float32.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.nn.functional import linear, silu
+
+from tandem.device import wide_vectors
+
+LEAST = 2**21
+"""Multiplications below which a call of oneDNN costs more than it saves."""
+
+
+class Product(torch.autograd.Function):
+    """x weight' + bias, and its gradients, by oneDNN."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight_OI)
+        return _onednn(x, weight_OI, bias_O)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_OI = ctx.saved_tensors
+        dx = dweight_OI = dbias_O = None
+        dy_NO, x_NI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[0]:
+            dx = _onednn(dy_NO, weight_OI.t()).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            # The kernel is faster the wider its second factor.
+            wide = len(weight_OI) > weight_OI.shape[1]
+            dweight_OI = _onednn(x_NI.t(), dy_NO.t()).t() if wide else _onednn(dy_NO.t(), x_NI.t())
+        if ctx.needs_input_grad[2]:
+            dbias_O = dy_NO.sum(0)
+        return dx, dweight_OI, dbias_O
+
+
+class Linear(nn.Linear):
+    """As `torch.nn.Linear`, with the faster product where there is one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight, self.bias)
+
+
+def quicken(network: nn.Module) -> None:
+    """Give every plain linear layer of a network on this CPU the faster product; nothing where there is none."""
+    if wide_vectors():
+        for layer in network.modules():
+            if type(layer) is nn.Linear:
+                layer.__class__ = Linear
+
+
+def product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`: x weight' + bias over the last dimension of x."""
+    if not _quick(x, weight_OI):
+        return linear(x, weight_OI, bias_O)
+    if torch.is_grad_enabled():
+        return Product.apply(x, weight_OI, bias_O)
+    return _onednn(x, weight_OI, bias_O)
+
+
+def added(residual_NO: Tensor, x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+    """residual + x weight', without gradient."""
+    if not _quick(x_NI, weight_OI):
+        return torch.addmm(residual_NO, x_NI, weight_OI.t())
+    return torch.ops.mkldnn._linear_pointwise.binary(x_NI, residual_NO, weight_OI, None, "add")
+
+
+def gated(x_NI: Tensor, gate_OI: Tensor, up_OI: Tensor) -> Tensor:
+    """silu(x gate') * (x up'), without gradient."""
+    if not _quick(x_NI, gate_OI):
+        return silu(linear(x_NI, gate_OI)) * linear(x_NI, up_OI)
+    opened_NO = torch.ops.mkldnn._linear_pointwise(x_NI, gate_OI, None, "swish", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x_NI, opened_NO, up_OI, None, "mul")
+
+
+def _quick(x: Tensor, weight_OI: Tensor) -> bool:
+    """Both are plain float32 tensors on a CPU where it pays, and enough of them."""
+    if x.dtype != torch.float32 or weight_OI.dtype != torch.float32 or x.device.type != "cpu":
+        return False
+    plain = type(x) is Tensor and type(weight_OI) in (Tensor, nn.Parameter)
+    return plain and x.numel() * len(weight_OI) >= LEAST and wide_vectors()
+
+
+def _onednn(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
