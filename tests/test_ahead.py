@@ -25,10 +25,10 @@ class Sleeping:
         self.engine, self.seconds, self.model = engine, seconds, engine.model
         self.threads: set[int] = set()
 
-    def generate(self, requests, params, *, poll):
+    def generate(self, requests, params, *, poll, on_done):
         self.threads.add(threading.get_ident())
         time.sleep(self.seconds)
-        return self.engine.generate(requests, params, poll=poll)
+        return self.engine.generate(requests, params, poll=poll, on_done=on_done)
 
 
 @pytest.fixture

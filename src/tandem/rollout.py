@@ -19,18 +19,27 @@ from tandem.types import Group, Prompt, Rollout, Score
 
 TRAIN, EVAL = 0, 1
 """Domains of the random keys: training and evaluation never share a draw."""
+SECONDS = ("timing/rollout", "timing/reward", "timing/non_overlap_reward")
+"""What the sampler keeps the time of."""
 
 
 class Engine(Protocol):
     """Tokens in, tokens out."""
 
     def generate(
-        self, requests: Sequence[Request], params: SamplingParams, *, poll: Callable[[int, int], None]
-    ) -> list[Completion]: ...
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        *,
+        poll: Callable[[int, int], None],
+        on_done: Callable[[int, Completion], None],
+    ) -> list[Completion]:
+        """One completion per request, in order; `on_done(index, completion)` sees each as soon as it is there."""
+        ...
 
 
 class Sampler:
-    """Answers prompts with the engine and scores them; `version` is that of the engine's weights."""
+    """Answers prompts with the engine and scores them meanwhile; `version` is that of the engine's weights."""
 
     def __init__(
         self,
@@ -47,7 +56,10 @@ class Sampler:
         self.version = 0
         self.poll: Callable[[int, int, int], None] = lambda answers, tokens, total: None
         """Called while answers are sampled, with those done, tokens so far, and answers wanted; may raise."""
-        self._seconds = {"timing/rollout": 0.0, "timing/reward": 0.0}
+        self.on_group: Callable[[int, Group], None] = lambda place, group: None
+        """Called in the thread that samples with each group of answers to train on as soon as these are complete, in
+        whichever order that is and still without scores; `place` is that of its prompt in the call of `sample`."""
+        self._seconds = dict.fromkeys(SECONDS, 0.0)
 
     def sample(
         self,
@@ -59,29 +71,43 @@ class Sampler:
         domain: int = TRAIN,
     ) -> list[Group]:
         """One scored group per prompt. A serial number keys the group's draws with the run's seed, so that neither
-        batch order nor resume changes an answer."""
+        batch order nor resume changes an answer. A group is scored while others are still being answered."""
         began = time.monotonic()
         requests = [
             Request(tokens=prompt.tokens, key=key(self.run.seed, domain, serial, prompt.id, i))
             for prompt, serial in zip(prompts, serials)
             for i in range(answers)
         ]
-        completions = self.engine.generate(
-            requests, params or self.params, poll=lambda done, tokens: self.poll(done, tokens, len(requests))
-        )
-        groups = [
-            Group(prompt=p, rollouts=tuple(self._rollout(p, c) for c in completions[i * answers :][:answers]))
-            for i, p in enumerate(prompts)
-        ]
-        generated = time.monotonic()
-        scored = self._score(groups)
+        rollouts: list[dict[int, Rollout]] = [{} for _ in prompts]
+        groups: dict[int, Group] = {}
+        with self.scorer.scoring() as scoring:
+
+            def on_done(index: int, completion: Completion) -> None:
+                place, number = divmod(index, answers)
+                prompt, mine = prompts[place], rollouts[place]
+                mine[number] = self._rollout(prompt, completion)
+                if len(mine) == answers:
+                    groups[place] = Group(prompt=prompt, rollouts=tuple(mine[i] for i in range(answers)))
+                    if domain == TRAIN:
+                        self.on_group(place, groups[place])
+                    scoring.add(place, to_score(groups[place]))
+
+            self.engine.generate(
+                requests,
+                params or self.params,
+                poll=lambda done, tokens: self.poll(done, tokens, len(requests)),
+                on_done=on_done,
+            )
+            generated = time.monotonic()
+            scores = scoring.finish()
         self._seconds["timing/rollout"] += generated - began
-        self._seconds["timing/reward"] += time.monotonic() - generated
-        return scored
+        self._seconds["timing/reward"] += scoring.busy_s
+        self._seconds["timing/non_overlap_reward"] += time.monotonic() - generated
+        return [with_scores(groups[place], scores[place]) for place in range(len(prompts))]
 
     def take_seconds(self) -> dict[str, float]:
         """Time spent since the last call, by phase."""
-        taken, self._seconds = self._seconds, {"timing/rollout": 0.0, "timing/reward": 0.0}
+        taken, self._seconds = self._seconds, dict.fromkeys(SECONDS, 0.0)
         return taken
 
     def _rollout(self, prompt: Prompt, done: Completion) -> Rollout:
@@ -98,23 +124,20 @@ class Sampler:
             newest_version=self.version,
         )
 
-    def _score(self, groups: Sequence[Group]) -> list[Group]:
-        answers = [
-            [
-                Answer(
-                    text=r.text,
-                    truth=g.prompt.truth,
-                    question=g.prompt.question,
-                    row=g.prompt.row,
-                    tokens=r.answer_length,
-                    finish=r.finish,
-                )
-                for r in g.rollouts
-            ]
-            for g in groups
-        ]
-        scores = self.scorer.score(answers)
-        return [with_scores(group, marks) for group, marks in zip(groups, scores)]
+
+def to_score(group: Group) -> list[Answer]:
+    """The group's answers as reward functions see them."""
+    return [
+        Answer(
+            text=r.text,
+            truth=group.prompt.truth,
+            question=group.prompt.question,
+            row=group.prompt.row,
+            tokens=r.answer_length,
+            finish=r.finish,
+        )
+        for r in group.rollouts
+    ]
 
 
 def with_scores(group: Group, scores: Iterable[Score]) -> Group:

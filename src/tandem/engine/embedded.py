@@ -25,6 +25,7 @@ from tandem.model.fused import sampling_forward
 Prompt = tuple[int, ...]
 Poll = Callable[[int, int], None]
 OnToken = Callable[[int, int], None]
+OnDone = Callable[[int, Completion], None]
 
 
 class EmbeddedEngine:
@@ -43,18 +44,20 @@ class EmbeddedEngine:
         params: SamplingParams,
         *,
         poll: Poll = lambda answers, tokens: None,
+        on_done: OnDone = lambda index, completion: None,
         on_token: OnToken | None = None,
     ) -> list[Completion]:
         """One completion per request, in order.
 
         `poll(answers done, tokens so far)` is called between tokens and may raise to abandon the work;
-        `on_token(index, token)` sees each token as it is chosen.
+        `on_done(index, completion)` sees each answer as soon as it is done, `on_token(index, token)` each token as it
+        is chosen.
         """
         if not requests:
             return []
         self.model.module.eval()
         room = room_for(requests, params, self.slots, self.model)
-        return _Decode(self, requests, self._steps(room, params), on_token).run(poll)
+        return _Decode(self, requests, self._steps(room, params), on_done, on_token).run(poll)
 
     def release(self) -> None:
         """Give back the memory held for the next call; on the CPU none is held."""
@@ -128,9 +131,14 @@ class _Decode:
     """One call of `generate`: the requests that wait, the answers in slots, and those done."""
 
     def __init__(
-        self, engine: EmbeddedEngine, requests: Sequence[Request], steps: Steps, on_token: OnToken | None
+        self,
+        engine: EmbeddedEngine,
+        requests: Sequence[Request],
+        steps: Steps,
+        on_done: OnDone,
+        on_token: OnToken | None,
     ) -> None:
-        self.model, self.steps, self.on_token = engine.model, steps, on_token
+        self.model, self.steps, self.on_done, self.on_token = engine.model, steps, on_done, on_token
         self.slots, self.answers, self.params = steps.slots, steps.answers, steps.answers.params
         self.tokens_per_prefill = engine.tokens_per_prefill
         self.width = min(engine.slots, self.slots.room.slots, len(requests))
@@ -148,7 +156,7 @@ class _Decode:
 
     def run(self, poll: Poll) -> list[Completion]:
         while self.rows or self.waiting:
-            poll(self.finished + sum(self.done_B), self.tokens)
+            poll(self.finished, self.tokens)
             self._make_room()
             for _ in range(1 if self.watched is not None else self.steps.look_every):
                 if self.rows:
@@ -173,10 +181,6 @@ class _Decode:
             self.steps.seat([lane_of[row.request.tokens] for row in self.rows])
 
     def _drop_done(self, live: list[int]) -> None:
-        gone = [i for i, done in enumerate(self.done_B) if done]
-        for i, completion in zip(gone, self.answers.read(gone)):
-            self.done[self.rows[i].index] = completion
-        self.finished += len(gone)
         columns = self._columns()
         self.rows = [self.rows[i] for i in live]
         self.done_B = [False] * len(live)
@@ -243,8 +247,13 @@ class _Decode:
         self._seen(0)
 
     def _look(self) -> None:
-        """Ask which rows are done."""
-        self.done_B = self.answers.done_B[: len(self.rows)].tolist()
+        """Ask which rows are done, and report those that were not before."""
+        known_B, self.done_B = self.done_B, self.answers.done_B[: len(self.rows)].tolist()
+        fresh = [i for i, (known, done) in enumerate(zip(known_B, self.done_B)) if done and not known]
+        self.finished += len(fresh)
+        for i, completion in zip(fresh, self.answers.read(fresh) if fresh else ()):
+            self.done[self.rows[i].index] = completion
+            self.on_done(self.rows[i].index, completion)
 
     def _seen(self, first: int) -> None:
         """Show each new token of the rows from number `first` on; end the answers that have a stop text now."""

@@ -29,11 +29,12 @@ class ReceivingEngine:
         params: SamplingParams,
         *,
         poll: Callable[[int, int], None] = lambda answers, tokens: None,
+        on_done: Callable[[int, Completion], None] = lambda index, completion: None,
     ) -> list[Completion]:
         """As the embedded engine; refused with weights of a transfer that broke off."""
         if self._broken:
             raise RunError(self._broken)
-        return self._engine.generate(requests, params, poll=poll)
+        return self._engine.generate(requests, params, poll=poll, on_done=on_done)
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[tuple[float, ...]]:
         """Log-probability of each token of a sequence but its first, at temperature 1."""

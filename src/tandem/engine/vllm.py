@@ -32,6 +32,7 @@ COLDEST = 0.01
 class _Answer:
     """An answer in the making."""
 
+    index: int
     request: Request
     limit: int
     name: str = ""
@@ -87,10 +88,13 @@ class VllmEngine:
         params: SamplingParams,
         *,
         poll: Callable[[int, int], None] = lambda answers, tokens: None,
+        on_done: Callable[[int, Completion], None] = lambda index, completion: None,
     ) -> list[Completion]:
         """One completion per request, in order; equal keys give equal answers.
 
-        `poll(answers done, tokens so far)` is called between tokens and may raise to abandon the work.
+        `poll(answers done, tokens so far)` is called between tokens and may raise to abandon the work;
+        `on_done(index, completion)` sees each answer as soon as it is done, or all of them at the end where the
+        policy's log-probabilities take a second pass.
         """
         if not requests:
             return []
@@ -103,18 +107,21 @@ class VllmEngine:
                 f"prompt and answer take up to {longest} tokens, above the engine's limit of {self.max_model_len}; "
                 "raise engine.max_model_len, or lower data.max_prompt_tokens or sampling.max_answer_tokens"
             )
-        answers = [_Answer(request, limit) for request, limit in zip(requests, limits)]
-        self._decode(answers, params, poll)
-        policy = [answer.logp for answer in answers]
+        answers = [_Answer(i, r, limit) for i, (r, limit) in enumerate(zip(requests, limits))]
+        done: dict[int, Completion] = {}
+
+        def report(answer: _Answer, policy_logp: Sequence[float]) -> None:
+            done[answer.index] = completion(answer, policy_logp)
+            on_done(answer.index, done[answer.index])
+
         if changes_distribution(params):
+            self._decode(answers, params, poll, lambda answer: None)
             scores = self.score([(*a.request.tokens, *a.tokens) for a in answers])
-            policy = [list(s[len(a.request.tokens) - 1 :]) for s, a in zip(scores, answers)]
-        return [
-            Completion(
-                tokens=tuple(a.tokens), logp=tuple(a.logp), policy_logp=tuple(p), finish=a.finish or "length"
-            )
-            for a, p in zip(answers, policy)
-        ]
+            for answer, score in zip(answers, scores):
+                report(answer, score[len(answer.request.tokens) - 1 :])
+        else:
+            self._decode(answers, params, poll, lambda answer: report(answer, answer.logp))
+        return [done[i] for i in range(len(requests))]
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[tuple[float, ...]]:
         """Log-probability of each token of a sequence but its first, at temperature 1."""
@@ -222,7 +229,11 @@ class VllmEngine:
         self._llm.update_weight_version(str(offer.version))
 
     def _decode(
-        self, answers: list[_Answer], params: SamplingParams, poll: Callable[[int, int], None]
+        self,
+        answers: list[_Answer],
+        params: SamplingParams,
+        poll: Callable[[int, int], None],
+        on_end: Callable[[_Answer], None],
     ) -> None:
         stop_tokens = sorted(self.stop_tokens | params.stop_tokens)
         going: dict[str, _Answer] = {}
@@ -241,6 +252,7 @@ class VllmEngine:
                     if answer.finish is not None:
                         finished += 1
                         del going[output.request_id]
+                        on_end(answer)
         finally:
             if going:
                 self._llm.llm_engine.abort_request(list(going))
@@ -266,6 +278,15 @@ class VllmEngine:
         if answer.finish is None and output.finished:
             answer.finish = "stop" if part.finish_reason == "stop" else "length"
         return len(answer.tokens) - before
+
+
+def completion(answer: _Answer, policy_logp: Sequence[float]) -> Completion:
+    return Completion(
+        tokens=tuple(answer.tokens),
+        logp=tuple(answer.logp),
+        policy_logp=tuple(policy_logp),
+        finish=answer.finish or "length",
+    )
 
 
 def port() -> Any:

@@ -103,7 +103,7 @@ _NAMES_ELSEWHERE = (
     (
         "timing/<stage>",
         "`timing/<stage>` (MindSpeed-RL)",
-        "here `timing/non_overlap_*` is for sampling alone; `timing/reward` is its `rule_reward`",
+        "`timing/reward` is its `rule_reward`",
     ),
     ("frac_zero_std", "`frac_reward_zero_std` (TRL)", "none"),
 )
@@ -235,7 +235,10 @@ _TIME = {
         "s",
         "with Ray only; what sampling beside training does not hide. timing/rollout then runs on its own clock",
     ),
-    "timing/reward": Metric("waiting for rewards after sampling", "s", ""),
+    "timing/reward": Metric("scoring the answers", "s", "most of it while others are still being sampled"),
+    "timing/non_overlap_reward": Metric(
+        "waiting for rewards after the last answer", "s", "what of timing/reward sampling does not hide"
+    ),
     "timing/old_log_p": Metric(
         "log-probabilities before the update", "s", "absent where they are not needed"
     ),

@@ -43,11 +43,16 @@ class CopiedEngine:
             check_probe(self.engine, self.model, version, self.engine.dtype)
 
     def generate(
-        self, requests: Sequence[Request], params: SamplingParams, *, poll: Callable[[int, int], None]
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        *,
+        poll: Callable[[int, int], None],
+        on_done: Callable[[int, Completion], None],
     ) -> list[Completion]:
         if self._slept:
             self.send(self.engine.version)
-        done = self.engine.generate(requests, params, poll=poll)
+        done = self.engine.generate(requests, params, poll=poll, on_done=on_done)
         if self.config.sleep:
             self.engine.sleep()
             self._slept = True

@@ -7,10 +7,12 @@ again.
 
 import selectors
 import signal
+import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from tandem.errors import ConfigError, RunError
@@ -29,6 +31,9 @@ class Pool:
         self._setup = setup
         self._env = environment()
         self._selector = selectors.DefaultSelector()
+        self._bell, self._ear = socket.socketpair()
+        self._bell.setblocking(False)
+        self._selector.register(self._ear, selectors.EVENT_READ)
         self._lock = threading.RLock()
         self._kinds: list[str] | None = None
         self._waiting: deque[Task] = deque()
@@ -63,27 +68,43 @@ class Pool:
                 self._turn()
             return self._kinds
 
-    def run(self, tasks: Sequence[Task]) -> None:
-        """Score every task; each has its outcomes when this returns."""
+    def run(self, more: Callable[[], Sequence[Task] | None]) -> float:
+        """Score the tasks that `more` brings until it says None; each has its outcomes when this returns. `more` is
+        asked again whenever something happens, and after `ring`; it may raise to drop all that is under way. Returns
+        the seconds in which there was something to score."""
         with self._lock:
-            done = False
+            done, busy_s = False, 0.0
             try:
                 self._begin()
-                self._waiting.extend(tasks)
-                while any(t.outcomes is None for t in self._owed()) or self._waiting:
+                while (tasks := more()) is not None or self._busy():
+                    self._waiting.extend(tasks or ())
+                    busy, began = self._busy(), time.monotonic()
                     self._turn()
+                    busy_s += busy * (time.monotonic() - began)
                 done = True
             finally:
                 if not done:
                     self._restart()
+            return busy_s
+
+    def ring(self) -> None:
+        """Whoever runs, in another thread, asks for more tasks now."""
+        with suppress(OSError):  # more rings wait to be heard than fit, or nobody is there any more
+            self._bell.send(b"!")
+
+    def check_open(self) -> None:
+        if not self.workers:
+            raise RunError("the scorer is closed")
+
+    def _busy(self) -> bool:
+        return bool(self._waiting) or any(t.outcomes is None for t in self._owed())
 
     def _owed(self) -> list[Task]:
         return [t for w in self.workers for t in w.owed]
 
     def _begin(self) -> None:
         """Replace workers that died while idle, and start the clock of those that are still starting."""
-        if not self.workers:
-            raise RunError("the scorer is closed")
+        self.check_open()
         for worker in list(self.workers):
             status = worker.process.poll()
             if status is not None and (worker.ready or status == -signal.SIGKILL):
@@ -112,6 +133,9 @@ class Pool:
         deadlines = [w.deadline for w in self.workers if w.deadline is not None]
         for key, mask in self._selector.select(max(0.0, min(deadlines, default=now + 1.0) - now)):
             worker = key.data
+            if key.fileobj is self._ear:
+                self._ear.recv(1 << 12)
+                continue
             if worker not in self.workers:
                 continue
             if key.fileobj is worker.output:
@@ -192,3 +216,5 @@ class Pool:
                 self._end(worker)
             self.workers.clear()
             self._selector.close()
+            self._bell.close()
+            self._ear.close()

@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any
 
@@ -70,6 +72,8 @@ class Scorer:
         setup = {"functions": functions, "memory_mb": config.memory_mb, "timeout_s": config.timeout_s}
         self._numbers = itertools.count()
         self._pool = Pool(setup, config.workers)
+        # Workers die with the thread that starts them, so it is one for all calls.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="scoring")
 
     def ready(self) -> None:
         """Wait until the functions are imported; ConfigError if one cannot be."""
@@ -77,8 +81,21 @@ class Scorer:
 
     def score(self, groups: Sequence[Sequence[Answer]]) -> list[list[Score]]:
         """A score for each answer, in the same places."""
-        tasks = list(self._tasks(groups))
-        self._pool.run([task for task, _ in tasks])
+        with self.scoring() as scoring:
+            for place, group in enumerate(groups):
+                scoring.add(place, group)
+            scores = scoring.finish()
+        return [scores[place] for place in range(len(groups))]
+
+    def scoring(self) -> "Scoring":
+        """Begin to score groups that come one by one."""
+        self._pool.check_open()
+        return Scoring(self, self._pool, self._thread)
+
+    def scores(
+        self, groups: Mapping[int, Sequence[Answer]], tasks: Sequence[tuple[Task, list[Place]]]
+    ) -> dict[int, list[Score]]:
+        """What the outcomes of the tasks mean for the answers of the groups, which are named by their places."""
         parts: dict[Place, dict[str, float]] = {}
         failures: dict[Place, tuple[str, str]] = {}
         for task, places in tasks:
@@ -88,29 +105,28 @@ class Scorer:
                     failures.setdefault(place, (outcome["failure"], outcome["detail"]))
                 else:
                     parts.setdefault(place, {}).update(outcome["parts"])
-        return [
-            [
+        return {
+            g: [
                 self._score(answer, parts.get((g, i), {}), failures.get((g, i)))
-                for i, answer in enumerate(group)
+                for i, answer in enumerate(groups[g])
             ]
-            for g, group in enumerate(groups)
-        ]
+            for g in sorted(groups)
+        }
 
-    def _tasks(self, groups: Sequence[Sequence[Answer]]) -> Iterator[tuple[Task, list[Place]]]:
-        """One task for each answer under all plain functions; one for each group under each other one."""
+    def tasks(self, place: int, group: Sequence[Answer]) -> Iterator[tuple[Task, list[Place]]]:
+        """One task for each answer under all plain functions, one for the group under each other one."""
         kinds = self._pool.kinds()
         single = [i for i, kind in enumerate(kinds) if kind == "answer"]
         together = [i for i, kind in enumerate(kinds) if kind != "answer"]
-        for g, group in enumerate(groups):
-            rows = {id(answer.row): answer.row for answer in group}
-            row_texts = {key: _row_json(row) for key, row in rows.items()}
-            texts = [_answer_json(answer, row_texts[id(answer.row)]) for answer in group]
-            places = [(g, i) for i in range(len(group))]
-            for place, text in zip(places, texts) if single else ():
-                yield self._task(single, [text], self._config.timeout_s), [place]
-            for function in together if group else ():
-                grace = ASYNC_GRACE_S if kinds[function] == "async" else 0.0
-                yield self._task([function], texts, self._config.timeout_s + grace), places
+        rows = {id(answer.row): answer.row for answer in group}
+        row_texts = {key: _row_json(row) for key, row in rows.items()}
+        texts = [_answer_json(answer, row_texts[id(answer.row)]) for answer in group]
+        places = [(place, i) for i in range(len(group))]
+        for answer_place, text in zip(places, texts) if single else ():
+            yield self._task(single, [text], self._config.timeout_s), [answer_place]
+        for function in together if group else ():
+            grace = ASYNC_GRACE_S if kinds[function] == "async" else 0.0
+            yield self._task([function], texts, self._config.timeout_s + grace), places
 
     def _task(self, functions: Sequence[int], answers: Sequence[str], seconds: float) -> Task:
         number = next(self._numbers)
@@ -152,6 +168,7 @@ class Scorer:
     def close(self) -> None:
         """End the workers."""
         self._pool.close()
+        self._thread.shutdown()
 
     def __enter__(self) -> "Scorer":
         return self
@@ -160,3 +177,64 @@ class Scorer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Dropped(Exception):
+    """The scores are no longer wanted."""
+
+
+class Scoring:
+    """Groups that are scored from the moment they come, while their giver does other work.
+
+    Example: `with scorer.scoring() as scoring: scoring.add(0, answers); scores = scoring.finish()`. Who leaves it
+    before `finish` drops what has no score yet.
+    """
+
+    def __init__(self, scorer: Scorer, pool: Pool, thread: ThreadPoolExecutor) -> None:
+        self._scorer, self._pool = scorer, pool
+        self._groups: dict[int, Sequence[Answer]] = {}
+        self._tasks: list[tuple[Task, list[Place]]] = []
+        self._arrived: deque[int] = deque()
+        self._ended = self._dropped = False
+        self.busy_s = 0.0
+        """Once finished: seconds in which there was something to score."""
+        self._work = thread.submit(pool.run, self._more)
+
+    def add(self, place: int, group: Sequence[Answer]) -> None:
+        """Score a group; raises what ended the scoring of others, if something did."""
+        if self._work.done():
+            self._work.result()
+        self._groups[place] = group
+        self._arrived.append(place)
+        self._pool.ring()
+
+    def finish(self) -> dict[int, list[Score]]:
+        """The scores by place; waits for those that are missing."""
+        self._end(dropped=False)
+        self.busy_s = self._work.result()
+        return self._scorer.scores(self._groups, self._tasks)
+
+    def _more(self) -> list[Task] | None:
+        """In the thread that scores."""
+        if self._dropped:
+            raise Dropped
+        ended, first = self._ended, len(self._tasks)
+        while self._arrived:
+            place = self._arrived.popleft()
+            self._tasks.extend(self._scorer.tasks(place, self._groups[place]))
+        fresh = [task for task, _ in self._tasks[first:]]
+        return None if ended and not fresh else fresh
+
+    def _end(self, *, dropped: bool) -> None:
+        self._ended, self._dropped = True, dropped
+        self._pool.ring()
+
+    def __enter__(self) -> "Scoring":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._work.done():
+            self._end(dropped=True)
+            wait([self._work])

@@ -131,7 +131,7 @@ class StepProfile:
             "update": (3 * forward, 0.0),
         }
         rows = []
-        for name in ("rollout", "reward", "old_log_p", "reference_model", "adv", "update"):
+        for name in ("rollout", "non_overlap_reward", "old_log_p", "reference_model", "adv", "update"):
             taken = seconds.get(f"timing/{name}", 0.0)
             flops, floor = work.get(name, (0.0, 0.0))
             if taken > 1e-3:

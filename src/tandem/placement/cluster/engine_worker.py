@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.config.run import Run
@@ -23,12 +24,22 @@ class Abandoned(RunError):
     """The answers are no longer wanted."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far an engine is."""
+
+    tokens: int
+    answers: list[tuple[int, Completion]]
+    """Done since the last question, by the places of their requests."""
+
+
 class EngineWorker(Process):
     """`adapter` says whether the weights that come are those of an adapter alone."""
 
     def __init__(self, log: str, run: Run, adapter: bool) -> None:
         super().__init__(log, run)
-        self._done = self._tokens = 0
+        self._number = self._tokens = 0
+        self._finished: list[tuple[int, Completion]] = []
         self._stop = threading.Event()
         self.adapter, self.log = adapter, Path(log)
         self._engine: ReceivingEngine | VllmEngine | None = None
@@ -54,17 +65,21 @@ class EngineWorker(Process):
         self.engine.update(offer)
         return self.engine.score([probe])[0] if offer.verify else ()
 
-    def generate(self, requests: Sequence[Request], params: SamplingParams, version: int) -> list[Completion]:
-        """As the engine does, from the weights of `version`; refused where it has others."""
+    def generate(
+        self, number: int, requests: Sequence[Request], params: SamplingParams, version: int
+    ) -> list[Completion]:
+        """As the engine does, from the weights of `version`; refused where it has others. `number` is the call's."""
         if self.engine.version != version:
             raise RunError(f"the engine has version {self.engine.version} of the weights, not {version}")
-        self._done = self._tokens = 0
+        self._finished, self._tokens, self._number = [], 0, number
         self._stop.clear()
-        return self.engine.generate(requests, params, poll=self._note)
+        return self.engine.generate(requests, params, poll=self._note, on_done=self._keep)
 
-    def progress(self) -> tuple[int, int]:
-        """Answers done and tokens so far, of the call under way."""
-        return self._done, self._tokens
+    def progress(self, number: int, heard: int) -> Progress:
+        """Of the call of that number, whose first `heard` answers are known."""
+        if number != self._number:
+            return Progress(tokens=0, answers=[])
+        return Progress(tokens=self._tokens, answers=self._finished[heard:])
 
     def abandon(self) -> None:
         """End the call under way."""
@@ -74,8 +89,11 @@ class EngineWorker(Process):
         """Give the device's memory to the learner beside it; the next version of the weights wakes the engine."""
         self.engine.sleep()
 
+    def _keep(self, index: int, completion: Completion) -> None:
+        self._finished.append((index, completion))
+
     def _note(self, done: int, tokens: int) -> None:
-        self._done, self._tokens = done, tokens
+        self._tokens = tokens
         if self._stop.is_set():
             raise Abandoned("the answers are no longer wanted")
 

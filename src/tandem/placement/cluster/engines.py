@@ -8,11 +8,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from tandem.config.placement import Placement
 from tandem.engine import Completion, Request, SamplingParams
 from tandem.errors import RunError
 from tandem.placement.cluster import port
+from tandem.placement.cluster.engine_worker import Progress
 from tandem.placement.cluster.lost import WorkerLost
 from tandem.placement.cluster.parcel import Parcel
 
@@ -20,19 +22,47 @@ log = logging.getLogger("tandem.engines")
 
 LOOK_S = 0.2
 """Longest wait before signals and restarts are looked after again."""
-NEWS_S = 1.0
+NEWS_S = 0.25
 """Seconds between two questions to an engine for how far it is."""
+
+
+@dataclass(slots=True)
+class Job:
+    """What is asked for in one call, and what is there of it."""
+
+    requests: list[Request]
+    params: SamplingParams
+    on_done: Callable[[int, Completion], None]
+    waiting: deque[list[int]] = field(default_factory=deque)
+    """Shares that no engine has."""
+    done: dict[int, Completion] = field(default_factory=dict)
+    tokens: int = 0
+    """Of calls that ended."""
+
+    def take(self, index: int, completion: Completion) -> None:
+        if index not in self.done:
+            self.done[index] = completion
+            self.on_done(index, completion)
+
+    def put_back(self, indices: Sequence[int]) -> None:
+        """What of these is not done goes to whichever engine is free next."""
+        left = [i for i in indices if i not in self.done]
+        if left:
+            self.waiting.append(left)
 
 
 @dataclass(slots=True)
 class Work:
     """Requests that one engine has."""
 
+    number: int
     indices: list[int]
     call: port.Call
     news: port.Call | None = None
     asked: float = field(default_factory=time.monotonic)
-    progress: tuple[int, int] = (0, 0)
+    heard: int = 0
+    """Answers that it told of while it works on others."""
+    tokens: int = 0
     changed: float = field(default_factory=time.monotonic)
     """When its progress was last another one."""
 
@@ -62,7 +92,7 @@ class Engines:
         """`spawn` starts the engine of a number."""
         self._spawn, self.placement = spawn, placement
         self.seats = [Seat(number) for number in range(placement.engines)]
-        self.version = 0
+        self.version = self._calls = 0
         self._parcel: Parcel | None = None
         self._closing = self._awake = False
 
@@ -75,29 +105,32 @@ class Engines:
             self._tend()
 
     def generate(
-        self, requests: Sequence[Request], params: SamplingParams, *, poll: Callable[[int, int], None]
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        *,
+        poll: Callable[[int, int], None],
+        on_done: Callable[[int, Completion], None],
     ) -> list[Completion]:
-        """One completion per request, in order."""
+        """One completion per request, in order; `on_done(index, completion)` sees each within a second."""
         self._awake = True
-        ready = max(1, sum(map(self._ready, self.seats)))
-        waiting = deque(shares(requests, ready))
-        done: dict[int, Completion] = {}
+        job = Job(list(requests), params, on_done)
+        job.waiting.extend(shares(requests, max(1, sum(map(self._ready, self.seats)))))
         try:
-            while len(done) < len(requests):
+            while len(job.done) < len(requests):
                 self._tend()
                 for seat in filter(self._idle, self.seats):
-                    if waiting:
-                        self._hand_out(seat, waiting.popleft(), requests, params)
-                working = [seat for seat in self.seats if seat.work]
-                self._wait([seat.work.call for seat in working])
-                for seat in working:
-                    self._look_after(seat, done, waiting)
-                busy = [seat.work.progress for seat in self.seats if seat.work]
-                tokens = sum(len(c.tokens) for c in done.values()) + sum(t for _, t in busy)
-                poll(len(done) + sum(answers for answers, _ in busy), tokens)
+                    if job.waiting:
+                        self._hand_out(seat, job)
+                working = [(seat, seat.work) for seat in self.seats if seat.work]
+                self._wait([call for _, work in working for call in (work.call, work.news) if call])
+                for seat, work in working:
+                    self._look_after(seat, work, job)
+                busy = sum(work.tokens for seat in self.seats if (work := seat.work))
+                poll(len(job.done), job.tokens + busy)
         finally:
             self._abandon()
-        return [done[i] for i in range(len(requests))]
+        return [job.done[i] for i in range(len(requests))]
 
     def sleep(self) -> None:
         """Give the devices' memory away until the next version of the weights."""
@@ -154,51 +187,56 @@ class Engines:
             parcel.check(str(seat.worker), scores)
         seat.version = parcel.offer.version
 
-    def _hand_out(
-        self, seat: Seat, indices: list[int], requests: Sequence[Request], params: SamplingParams
-    ) -> None:
+    def _hand_out(self, seat: Seat, job: Job) -> None:
         assert seat.worker
-        mine = [requests[i] for i in indices]
-        seat.work = Work(indices, seat.worker.call("generate", mine, params, self.version))
+        self._calls += 1
+        indices = job.waiting.popleft()
+        mine = [job.requests[i] for i in indices]
+        call = seat.worker.call("generate", self._calls, mine, job.params, self.version)
+        seat.work = Work(self._calls, indices, call)
 
-    def _look_after(self, seat: Seat, done: dict[int, Completion], waiting: deque[list[int]]) -> None:
+    def _look_after(self, seat: Seat, work: Work, job: Job) -> None:
         """Take the answers of an engine, or ask how far it is, or give up on it."""
-        work = seat.work
-        assert work and seat.worker
+        assert seat.worker
         silent = time.monotonic() - work.changed
         if work.call.done():
             seat.work = None
             answers = self._result(seat, work.call)
             if seat.worker is None:
-                waiting.append(work.indices)
+                job.put_back(work.indices)
                 return
             seat.losses = 0
-            done.update(zip(work.indices, answers))
+            job.tokens += sum(len(completion.tokens) for completion in answers)
+            for index, completion in zip(work.indices, answers):
+                job.take(index, completion)
         elif silent > self.placement.engine_timeout_s:
             seat.work = None
-            waiting.append(work.indices)
+            job.put_back(work.indices)
             self._lose(seat, WorkerLost(
                 f"{seat.worker} had no news of {len(work.indices)} answers for {silent:.0f} s "
                 f"(placement.engine_timeout_s); its log: {seat.worker.log}"
             ))  # fmt: skip
         elif work.news is not None:
-            self._hear(work)
+            self._hear(work, job)
         elif time.monotonic() - work.asked > NEWS_S:
-            work.news, work.asked = seat.worker.call("progress"), time.monotonic()
+            work.news, work.asked = seat.worker.call("progress", work.number, work.heard), time.monotonic()
 
-    def _hear(self, work: Work) -> None:
+    def _hear(self, work: Work, job: Job) -> None:
         assert work.news
         if not work.news.done():
             return
         news, work.news = work.news, None
         try:
-            progress = news.result(0)
+            progress: Progress = news.result(0)
         except WorkerLost:
             return  # The work itself fails next, with the reason.
-        if progress != work.progress:
-            work.progress, work.changed = progress, time.monotonic()
+        if progress.answers or progress.tokens != work.tokens:
+            work.tokens, work.changed = progress.tokens, time.monotonic()
+        work.heard += len(progress.answers)
+        for place, completion in progress.answers:
+            job.take(work.indices[place], completion)
 
-    def _result(self, seat: Seat, call: port.Call) -> object:
+    def _result(self, seat: Seat, call: port.Call) -> Any:
         """The value of a call that is done or overdue; None, and a vacant seat, where the engine is lost."""
         try:
             return call.result(self.placement.engine_timeout_s if call.method == "sleep" else 0)
