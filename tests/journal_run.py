@@ -29,8 +29,7 @@ def groups(seed: int = 0) -> list[Group]:
             policy_logp=tuple(2 * x for x in logp),
             text=text,
             finish=finish,
-            oldest_version=3,
-            newest_version=4,
+            versions=(-1, -1, 3, 4),
             score=score,
         )
 

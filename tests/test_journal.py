@@ -173,6 +173,7 @@ def test_rollouts_read_back_as_they_were(form, tmp_path):
     assert unscored["answer"].startswith("\x1b[2J")
     assert [r["advantage"] for r in rows] == [0.5, 0.0, -0.5, None]
     assert wrong["oldest_version"] == 3 and wrong["newest_version"] == 4 and wrong["step"] == 12
+    assert wrong["versions"] == [3, 4]
 
 
 def test_rollouts_are_recorded_only_as_often_as_asked(tmp_path):

@@ -23,8 +23,7 @@ def group(row: int, answer: str, score: Score) -> Group:
         policy_logp=(0.0, -1.0),
         text=answer,
         finish="stop",
-        oldest_version=0,
-        newest_version=0,
+        versions=(-1, 0),
         score=score,
     )
     return Group(prompt=prompt, rollouts=(rollout,))

@@ -64,6 +64,7 @@ def settings(folder, **sections) -> Run:
                 **sections.get("sampling", {}),
             },
             "algorithm": {"kl": {"coef": 0.0}, **sections.get("algorithm", {})},
+            "placement": sections.get("placement", {}),
         }
     )
 

@@ -1,6 +1,7 @@
 """vLLM itself, with a tiny model on the CPU: it samples what it says, and weights reach it whole or not at all."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from copies import QUERY, Changed, Lying, adapted, beside, flip, group, names, policy, refused_changes, send
 from tandem.config.engine import Engine
 from tandem.config.sections import Lora
-from tandem.engine import EmbeddedEngine, Request, SamplingParams, decode
+from tandem.engine import PAUSED, EmbeddedEngine, Pause, Request, SamplingParams, decode
 from tandem.engine.probe import check_probe, policy_logp
 from tandem.engine.random import key
 from tandem.engine.roads import BroadcastRoad, FilesRoad, MemoryRoad
@@ -166,6 +167,46 @@ def test_work_can_be_abandoned_between_tokens(tied):
     assert [c.tokens for c in after] == [
         c.tokens for c in EmbeddedEngine(model, 8).generate(REQUESTS[:2], GREEDY)
     ]
+
+
+@pytest.mark.parametrize("changes", [{}, {"stop": ("stop",)}, {"top_k": 20}], ids=str)
+def test_paused_answers_go_on_with_the_weights_of_then(both, changes):
+    """And those that are done are reported when they are, each once."""
+    engine, old = both
+    if "stop" in changes:
+        known = EmbeddedEngine(old, 8).generate(REQUESTS, SamplingParams(max_tokens=24))
+        changes = {"stop": (decode(old.tokenizer, known[0].tokens[10:12]),)}
+    new = policy(3, tied=old.network.config.tie_word_embeddings)
+    params = SamplingParams(max_tokens=40, **changes)
+    reported, calls = {}, []
+
+    def poll(done, tokens):
+        calls.append(tokens)
+        if len(calls) == 20:
+            raise Pause
+
+    engine.connect("memory")
+    first = engine.generate(REQUESTS, params, poll=poll, on_done=reported.__setitem__)
+    assert any(c.finish == PAUSED and c.tokens for c in first)
+    for index, completion in enumerate(first):
+        assert (index in reported) == (completion.finish != PAUSED)
+        assert len(completion.tokens) == len(completion.policy_logp) == len(completion.versions)
+        if completion.tokens:
+            close_to(completion.policy_logp, old, REQUESTS[index], completion)
+    engine.update(MemoryRoad().offer(1, ModelWeights(new)))
+    left = [i for i, c in enumerate(first) if c.finish == PAUSED]
+    asked = [replace(REQUESTS[i], begun=first[i], version=1) for i in left]
+    for request, completion in zip(asked, engine.generate(asked, params)):
+        before = len(request.begun.tokens)
+        assert completion.tokens[:before] == request.begun.tokens and len(completion.tokens) <= 40
+        assert completion.versions == (0,) * before + (1,) * (len(completion.tokens) - before)
+        assert completion.policy_logp[:before] == request.begun.policy_logp
+        scored = policy_logp(new, request.tokens + completion.tokens)[len(request.tokens) - 1 :]
+        assert completion.policy_logp[before:] == pytest.approx(scored[before:], abs=1e-5, rel=1e-5)
+    assert engine.generate(asked, params) == engine.generate(asked, params), (
+        "and a key still fixes what is sampled"
+    )
+    restore(engine, old)
 
 
 def test_what_is_too_long_is_refused(tied):

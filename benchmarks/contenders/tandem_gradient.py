@@ -89,8 +89,7 @@ def groups(job: Job, answers: list[list[int]]) -> list[Any]:
                     policy_logp=(0.0,) * len(row),
                     text="",
                     finish="stop",
-                    oldest_version=0,
-                    newest_version=0,
+                    versions=(-1,) * len(tokens) + (0,) * len(answer),
                     score=Score(reward=scrambled(str(answer))),
                 )
             )

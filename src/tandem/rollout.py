@@ -5,9 +5,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any, Protocol
 
 from tandem.config.run import Run
+from tandem.config.sections import Sampling
 from tandem.data.cursor import Cursor
 from tandem.data.prompts import PromptSet
 from tandem.engine import Completion, Request, SamplingParams, decode
@@ -74,7 +76,11 @@ class Sampler:
         batch order nor resume changes an answer. A group is scored while others are still being answered."""
         began = time.monotonic()
         requests = [
-            Request(tokens=prompt.tokens, key=key(self.run.seed, domain, serial, prompt.id, i))
+            Request(
+                tokens=prompt.tokens,
+                key=key(self.run.seed, domain, serial, prompt.id, i),
+                version=self.version,
+            )
             for prompt, serial in zip(prompts, serials)
             for i in range(answers)
         ]
@@ -120,8 +126,7 @@ class Sampler:
             policy_logp=(0.0,) * silent + done.policy_logp,
             text=decode(self.tokenizer, visible),
             finish=done.finish,
-            oldest_version=self.version,
-            newest_version=self.version,
+            versions=(-1,) * silent + done.versions,
         )
 
 
@@ -161,11 +166,19 @@ class Drawn:
     figures: dict[str, float]
 
 
-def lag_figures(groups: Sequence[Group], version: int, max_lag: int) -> dict[str, float]:
-    """How old the groups of a step are, in steps; none may be older than allowed."""
-    lags = [version - r.oldest_version for g in groups for r in g.rollouts]
-    assert all(lag <= max_lag for lag in lags)
-    return {"rollout/lag_mean": sum(lags) / len(lags), "rollout/lag_max": max(lags)} if lags else {}
+def lag_figures(groups: Sequence[Group], version: int, sampling: Sampling) -> dict[str, float]:
+    """How old the groups of a step are, in steps; no token of them may be older than allowed."""
+    rollouts = [r for g in groups for r in g.rollouts]
+    lags = [version - r.oldest_version for r in rollouts]
+    assert all(lag <= sampling.max_lag for lag in lags)
+    if not lags:
+        return {}
+    figures = {"rollout/lag_mean": fmean(lags), "rollout/lag_max": max(lags)}
+    if sampling.in_flight:
+        carried = [r.newest_version > r.oldest_version for r in rollouts]
+        token_lags = [version - v for r in rollouts for v in r.versions[r.prompt_length :]]
+        figures |= {"rollout/carried_share": fmean(carried), "rollout/token_lag_mean": fmean(token_lags)}
+    return figures
 
 
 @dataclass(slots=True)
@@ -193,7 +206,7 @@ class Stream:
         while len(self.ahead) <= run.sampling.max_lag:
             self.ahead.append(self._fresh())
         groups = self.ahead.popleft()
-        self.last |= lag_figures(groups, version, run.sampling.max_lag)
+        self.last |= lag_figures(groups, version, run.sampling)
         return groups
 
     def _fresh(self) -> list[Group]:
@@ -256,7 +269,7 @@ def permuted(groups: Sequence[Group], seed: int) -> list[Group]:
 
 def group_record(group: Group) -> dict[str, Any]:
     """A group as plain JSON values; floats survive exactly."""
-    names = ("tokens", "sampled", "logp", "policy_logp", "text", "finish", "oldest_version", "newest_version")
+    names = ("tokens", "sampled", "logp", "policy_logp", "versions", "text", "finish")
     rollouts = []
     for r in group.rollouts:
         assert r.score is not None
@@ -274,6 +287,6 @@ def group_from(record: Mapping[str, Any], prompts: PromptSet) -> Group:
     by_id = {p.id: p for p in prompts.prompts}
     rollouts = []
     for entry in record["rollouts"]:
-        columns = {n: tuple(entry[n]) for n in ("tokens", "sampled", "logp", "policy_logp")}
+        columns = {n: tuple(entry[n]) for n in ("tokens", "sampled", "logp", "policy_logp", "versions")}
         rollouts.append(Rollout(**{**entry, **columns, "score": Score(**entry["score"])}))
     return Group(prompt=by_id[record["prompt"]], rollouts=tuple(rollouts))

@@ -60,9 +60,17 @@ class Rollout:
     """The answer up to, not including, its end token."""
     finish: str
     """stop (end token or stop string) | length (ran into max_answer_tokens)."""
-    oldest_version: int
-    newest_version: int
+    versions: tuple[int, ...]
+    """Version of the weights that chose each token; -1 where not sampled."""
     score: Score | None = None
+
+    @property
+    def oldest_version(self) -> int:
+        return min(version for version, chosen in zip(self.versions, self.sampled) if chosen)
+
+    @property
+    def newest_version(self) -> int:
+        return max(version for version, chosen in zip(self.versions, self.sampled) if chosen)
 
     @property
     def answer_length(self) -> int:

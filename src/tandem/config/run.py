@@ -89,7 +89,7 @@ class Run(Section):
         times = f" x {learner.epochs_per_step} epochs" if learner.epochs_per_step > 1 else ""
         policy = "on-policy" if self.on_policy else "only the first update of a step is on-policy"
         if s.max_lag:
-            policy = f"answers at most {s.max_lag} steps old"
+            policy = f"{'tokens' if s.in_flight else 'answers'} at most {s.max_lag} steps old"
         return (
             f"{s.prompts_per_step} prompts x {s.answers_per_prompt} answers = {self.rollouts_per_step} rollouts"
             f" -> {learner.updates_per_step} update{'s' * (learner.updates_per_step > 1)} of {per_update}{times},"
@@ -118,6 +118,12 @@ class Run(Section):
             raise ValueError(
                 f"sampling.max_lag={s.max_lag}: with placement.kind=colocated engines and learners take turns, so "
                 "older answers save no time; set it to 0, or placement.kind=apart"
+            )
+        if s.in_flight and (self.placement.kind != "apart" or not s.max_lag):
+            raise ValueError(
+                f"sampling.in_flight=true with placement.kind={self.placement.kind} and sampling.max_lag={s.max_lag}: "
+                "new weights can only reach answers in the making where training goes on beside them; it needs "
+                "placement.kind=apart and sampling.max_lag of at least 1"
             )
         if self.placement.kind != "inline" and self.engine.transfer not in ("auto", "files"):
             raise ValueError(

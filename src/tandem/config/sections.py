@@ -148,6 +148,9 @@ class Sampling(Section):
     """Further end tokens, beside those of the model's generation config."""
     max_lag: int = Field(0, ge=0)
     """Oldest weights a group may come from, in steps behind the trainer: 0 is on-policy."""
+    in_flight: bool = False
+    """Answers that are being sampled go on with new weights as soon as there are any, for placement.kind=apart with
+    max_lag above 0. Each token then has its own version, and what is sampled depends on the clock."""
     slots: int = Field(256, gt=0)
     """Answers that decode at the same time; more wait their turn."""
 

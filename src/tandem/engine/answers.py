@@ -9,6 +9,27 @@ from torch import Tensor
 from tandem.engine.random import keys_tensor, uniforms
 from tandem.engine.sampling import SamplingParams, choose
 
+PAUSED = "paused"
+
+
+class Pause(Exception):
+    """Raised by `poll` to end a call between two tokens: answers that are not done come back as far as they are, with
+    `finish` "paused", and a request can begin with them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """The answer to a request; `logp`, `policy_logp` and `versions` as in `Rollout`, one per token."""
+
+    tokens: tuple[int, ...]
+    logp: tuple[float, ...]
+    policy_logp: tuple[float, ...]
+    versions: tuple[int, ...]
+    finish: str
+
+
+NOTHING = Completion(tokens=(), logp=(), policy_logp=(), versions=(), finish=PAUSED)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -19,16 +40,10 @@ class Request:
     """Key of its random numbers: equal keys give equal answers."""
     max_tokens: int | None = None
     """Its own limit, where that is below the one of `SamplingParams`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """The answer to a request; `logp` and `policy_logp` as in `Rollout`, one per token."""
-
-    tokens: tuple[int, ...]
-    logp: tuple[float, ...]
-    policy_logp: tuple[float, ...]
-    finish: str
+    begun: Completion = NOTHING
+    """The answer so far: what is sampled comes after it, from the present weights alone."""
+    version: int = 0
+    """Of the weights that it is asked of."""
 
 
 class Answers:
@@ -62,18 +77,24 @@ class Answers:
             self.seen_BV = torch.zeros(slots, vocab, dtype=torch.bool, device=device)
 
     def start(self, first: int, requests: Sequence[Request]) -> None:
-        """Rows from number `first` on become the answers to the requests, still without a token."""
+        """Rows from number `first` on become the answers to the requests, with the tokens that these begin with."""
         cut = slice(first, first + len(requests))
         keys_B = keys_tensor([request.key for request in requests], self.device)
         self.uniform_BT[cut, :-1] = uniforms(keys_B, self.params.max_tokens)
         limits = [min(r.max_tokens or self.params.max_tokens, self.params.max_tokens) for r in requests]
         self.limit_B[cut] = torch.tensor(limits, device=self.device)
-        self.count_B[cut] = 0
+        counts = [len(request.begun.tokens) for request in requests]
+        self.count_B[cut] = torch.tensor(counts, device=self.device)
         self.done_B[cut] = self.stopped_B[cut] = False
-        if self.seen_BV is not None:
-            self.seen_BV[cut] = False
-            for mask_V, request in zip(self.seen_BV[cut], requests):
-                mask_V[list(request.tokens)] = True
+        for slot, (count, request) in enumerate(zip(counts, requests), first):
+            begun = request.begun
+            if count:
+                self.tokens_BT[slot, :count] = torch.tensor(begun.tokens, device=self.device)
+                self.logp_BT[slot, :count] = torch.tensor(begun.logp, device=self.device)
+                self.policy_logp_BT[slot, :count] = torch.tensor(begun.policy_logp, device=self.device)
+            if self.seen_BV is not None:
+                self.seen_BV[slot] = False
+                self.seen_BV[slot, [*request.tokens, *begun.tokens]] = True
 
     def add(self, cut: slice, logits_BV: Tensor) -> None:
         """Draw the next token of the rows of `cut`."""
@@ -115,18 +136,30 @@ class Answers:
         seen = [] if self.seen_BV is None else [self.seen_BV]
         return [*rows, self.token_B, self.count_B, self.limit_B, self.done_B, self.stopped_B, *seen]
 
-    def read(self, slots: list[int]) -> list[Completion]:
-        """The answers of some rows as they are now."""
+    def read(self, slots: list[int], requests: Sequence[Request]) -> list[Completion]:
+        """The answers of some rows to their requests, as they are now."""
         index = torch.tensor(slots, dtype=torch.long, device=self.device)
-        columns = (self.stopped_B, self.count_B, self.tokens_BT, self.logp_BT, self.policy_logp_BT)
-        return [
-            Completion(
-                tokens=tuple(tokens[:count]),
-                logp=tuple(logp[:count]),
-                policy_logp=tuple(policy_logp[:count]),
-                finish="stop" if stopped or tokens[count - 1] in self.stop_tokens else "length",
+        columns = (
+            self.done_B,
+            self.stopped_B,
+            self.count_B,
+            self.tokens_BT,
+            self.logp_BT,
+            self.policy_logp_BT,
+        )
+        read = []
+        for request, done, stopped, count, tokens, logp, policy_logp in zip(
+            requests, *(column[index].tolist() for column in columns), strict=True
+        ):
+            ended = "stop" if stopped or tokens[count - 1] in self.stop_tokens else "length"
+            versions = request.begun.versions
+            read.append(
+                Completion(
+                    tokens=tuple(tokens[:count]),
+                    logp=tuple(logp[:count]),
+                    policy_logp=tuple(policy_logp[:count]),
+                    versions=versions + (request.version,) * (count - len(versions)),
+                    finish=ended if done else PAUSED,
+                )
             )
-            for stopped, count, tokens, logp, policy_logp in zip(
-                *(column[index].tolist() for column in columns)
-            )
-        ]
+        return read

@@ -176,6 +176,23 @@ def scores(q_nRD: Tensor, k_nTD: Tensor, bias_n1T: Tensor, scale: float) -> Tens
     return torch.baddbmm(bias_n1T, q_nRD.float(), k_nTD.float().mT, alpha=scale)
 
 
+class Begun(Rows):
+    """Rows of prompt and answer so far; the answers' keys and values go into their slots."""
+
+    def __init__(self, length_B: Tensor, prompt_length_B: Tensor, slots: Slots, slot_B: Tensor) -> None:
+        super().__init__(length_B)
+        self.slots = slots
+        column_N = self.position_N - prompt_length_B[self.row_N]
+        self.chosen_M = (column_N >= 0).nonzero().squeeze(1)
+        self.place_M = (slot_B[self.row_N[self.chosen_M]], column_N[self.chosen_M])
+
+    def attend(self, layer: int, q_HND: Tensor, k_HND: Tensor, v_HND: Tensor, scale: float) -> Tensor:
+        slot_M, column_M = self.place_M
+        for cache, new_HND in ((self.slots.keys[layer], k_HND), (self.slots.values[layer], v_HND)):
+            cache[slot_M, :, column_M] = new_HND[:, self.chosen_M].transpose(0, 1)
+        return super().attend(layer, q_HND, k_HND, v_HND, scale)
+
+
 class Prefill(Rows):
     """Prompts, whose keys and values go into their lanes."""
 

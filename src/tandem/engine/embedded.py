@@ -6,15 +6,15 @@ every draw is keyed.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tandem.device import captures, free_bytes
-from tandem.engine.answers import Answers, Completion, Request
-from tandem.engine.cache import Prefill, Room, Slots
+from tandem.engine.answers import Answers, Completion, Pause, Request
+from tandem.engine.cache import Begun, Prefill, Room, Slots
 from tandem.engine.sampling import SamplingParams
 from tandem.engine.steps import CapturedSteps, Steps
 from tandem.engine.text import has_stop_text
@@ -49,7 +49,7 @@ class EmbeddedEngine:
     ) -> list[Completion]:
         """One completion per request, in order.
 
-        `poll(answers done, tokens so far)` is called between tokens and may raise to abandon the work;
+        `poll(answers done, tokens so far)` is called between tokens and may raise to abandon the work, or `Pause`;
         `on_done(index, completion)` sees each answer as soon as it is done, `on_token(index, token)` each token as it
         is chosen.
         """
@@ -113,6 +113,18 @@ def room_for(requests: Sequence[Request], params: SamplingParams, slots: int, mo
     )
 
 
+def packs(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
+    """First and one past the last of neighbours that are at most `limit` together, or alone."""
+    start = total = 0
+    for place, size in enumerate(sizes):
+        if place > start and total + size > limit:
+            yield start, place
+            start, total = place, 0
+        total += size
+    if sizes:
+        yield start, len(sizes)
+
+
 FREE_SHARE = 0.8
 """Of the accelerator's free memory, what the cache may take."""
 
@@ -124,7 +136,7 @@ class _Row:
     index: int
     request: Request
     born: int
-    """Steps taken before its first token."""
+    """Steps taken before its first token; below 0 where it began with some."""
 
 
 class _Decode:
@@ -156,13 +168,28 @@ class _Decode:
 
     def run(self, poll: Poll) -> list[Completion]:
         while self.rows or self.waiting:
-            poll(self.finished, self.tokens)
+            try:
+                poll(self.finished, self.tokens)
+            except Pause:
+                self._pause()
+                break
             self._make_room()
             for _ in range(1 if self.watched is not None else self.steps.look_every):
                 if self.rows:
                     self._step()
             self._look()
         return [c for c in self.done if c is not None]
+
+    def _pause(self) -> None:
+        """Leave what is not done as it is."""
+        live = [i for i, done in enumerate(self.done_B) if not done]
+        for i, completion in zip(live, self._read(live)):
+            self.done[self.rows[i].index] = completion
+        for index, request in self.waiting:
+            self.done[index] = request.begun
+
+    def _read(self, slots: list[int]) -> list[Completion]:
+        return self.answers.read(slots, [self.rows[i].request for i in slots]) if slots else []
 
     def _make_room(self) -> None:
         """Refill freed slots; with none waiting, move the rows together once a quarter of the slots is idle."""
@@ -197,14 +224,18 @@ class _Decode:
         self.lanes = [prompt for prompt in self.lanes if prompt in kept]
 
     def _admit(self, count: int) -> None:
-        """Start waiting requests: prompts are computed where they were not yet, their first tokens drawn."""
+        """Start waiting requests: prompts are computed where they were not yet, and answers so far, and the tokens that
+        come next are drawn."""
         admitted = [self.waiting.popleft() for _ in range(count)]
         requests = [request for _, request in admitted]
         self._compute(list(dict.fromkeys(r.tokens for r in requests if r.tokens not in self.lanes)))
         first = len(self.rows)
         self.answers.start(first, requests)
-        self.rows += [_Row(index=i, request=r, born=self.clock) for i, r in admitted]
-        logits_BV = torch.stack([self.first_logits[r.tokens] for r in requests])
+        self.rows += [_Row(index=i, request=r, born=self.clock - len(r.begun.tokens)) for i, r in admitted]
+        next_logits = self._go_on([i for i, r in enumerate(requests, first) if r.begun.tokens])
+        logits_BV = torch.stack(
+            [next_logits.get(i, self.first_logits[r.tokens]) for i, r in enumerate(requests, first)]
+        )
         self.answers.add(slice(first, first + count), logits_BV)
         self.done_B += [False] * count
         self.pending.subtract(r.tokens for r in requests)
@@ -213,15 +244,26 @@ class _Decode:
         self._look()
 
     def _compute(self, prompts: list[Prompt]) -> None:
-        """Put prompts into lanes, in packs of at most the token budget."""
-        pack: list[Prompt] = []
-        for prompt in prompts:
-            if pack and sum(map(len, pack)) + len(prompt) > self.tokens_per_prefill:
-                self._prefill(pack)
-                pack = []
-            pack.append(prompt)
-        if pack:
-            self._prefill(pack)
+        """Put prompts into lanes."""
+        for start, end in packs(list(map(len, prompts)), self.tokens_per_prefill):
+            self._prefill(prompts[start:end])
+
+    def _go_on(self, slots: list[int]) -> dict[int, Tensor]:
+        """Compute answers so far under the present weights, for rows without a cache; the logits of what is next."""
+        requests = [self.rows[slot].request for slot in slots]
+        lines = [request.tokens + request.begun.tokens for request in requests]
+        device, found = self.model.device, {}
+        for start, end in packs(list(map(len, lines)), self.tokens_per_prefill):
+            layout = Begun(
+                torch.tensor([len(line) for line in lines[start:end]], device=device),
+                torch.tensor([len(request.tokens) for request in requests[start:end]], device=device),
+                self.slots,
+                torch.tensor(slots[start:end], device=device),
+            )
+            line_N = torch.tensor([t for line in lines[start:end] for t in line], device=device)
+            hidden_NH = self.steps.forward(line_N, layout.position_N, layout)
+            found.update(zip(slots[start:end], self.model.logits(hidden_NH[layout.end_B - 1])))
+        return found
 
     def _prefill(self, prompts: list[Prompt]) -> None:
         device = self.model.device
@@ -236,7 +278,7 @@ class _Decode:
         self.lanes += prompts
 
     def _columns(self) -> int:
-        """No row has more tokens than this."""
+        """No row has more tokens than this, those it began with included."""
         oldest = min(row.born for row in self.rows)
         return min(self.clock - oldest + 1, self.slots.room.answer_columns)
 
@@ -251,7 +293,7 @@ class _Decode:
         known_B, self.done_B = self.done_B, self.answers.done_B[: len(self.rows)].tolist()
         fresh = [i for i, (known, done) in enumerate(zip(known_B, self.done_B)) if done and not known]
         self.finished += len(fresh)
-        for i, completion in zip(fresh, self.answers.read(fresh) if fresh else ()):
+        for i, completion in zip(fresh, self._read(fresh)):
             self.done[self.rows[i].index] = completion
             self.on_done(self.rows[i].index, completion)
 
@@ -264,7 +306,7 @@ class _Decode:
             if self.done_B[slot]:
                 continue
             row = self.rows[slot]
-            tokens = self.watched.setdefault(row.index, [])
+            tokens = self.watched.setdefault(row.index, list(row.request.begun.tokens))
             tokens.append(token)
             if self.on_token is not None:
                 self.on_token(row.index, token)

@@ -3,7 +3,7 @@
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from tandem.config.engine import Engine
 from tandem.config.sections import Lora
-from tandem.engine.answers import Completion, Request
+from tandem.engine.answers import Completion, Pause, Request
+from tandem.engine.random import key
 from tandem.engine.roads import FilesRoad
 from tandem.engine.sampling import SamplingParams
 from tandem.engine.text import has_stop_text
+from tandem.engine.vllm_answer import Answer
 from tandem.engine.weights import Offer, TensorSpec, check_specs, dtype_name, spec_of, verified
 from tandem.errors import ConfigError, RunError
 from tandem.model.load import first_line
@@ -26,19 +28,6 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Adapter ranks that vLLM makes room for."""
 COLDEST = 0.01
 """vLLM raises temperatures below this to it."""
-
-
-@dataclass(slots=True)
-class _Answer:
-    """An answer in the making."""
-
-    index: int
-    request: Request
-    limit: int
-    name: str = ""
-    tokens: list[int] = field(default_factory=list)
-    logp: list[float] = field(default_factory=list)
-    finish: str | None = None
 
 
 class VllmEngine:
@@ -92,7 +81,7 @@ class VllmEngine:
     ) -> list[Completion]:
         """One completion per request, in order; equal keys give equal answers.
 
-        `poll(answers done, tokens so far)` is called between tokens and may raise to abandon the work;
+        `poll(answers done, tokens so far)` is called between tokens and may raise to abandon the work, or `Pause`;
         `on_done(index, completion)` sees each answer as soon as it is done, or all of them at the end where the
         policy's log-probabilities take a second pass.
         """
@@ -107,21 +96,29 @@ class VllmEngine:
                 f"prompt and answer take up to {longest} tokens, above the engine's limit of {self.max_model_len}; "
                 "raise engine.max_model_len, or lower data.max_prompt_tokens or sampling.max_answer_tokens"
             )
-        answers = [_Answer(i, r, limit) for i, (r, limit) in enumerate(zip(requests, limits))]
+        answers = [Answer(i, r, limit) for i, (r, limit) in enumerate(zip(requests, limits))]
         done: dict[int, Completion] = {}
 
-        def report(answer: _Answer, policy_logp: Sequence[float]) -> None:
-            done[answer.index] = completion(answer, policy_logp)
-            on_done(answer.index, done[answer.index])
+        def report(answer: Answer) -> None:
+            done[answer.index] = answer.completion()
+            if answer.finish is not None:
+                on_done(answer.index, done[answer.index])
 
-        if changes_distribution(params):
-            self._decode(answers, params, poll, lambda answer: None)
-            scores = self.score([(*a.request.tokens, *a.tokens) for a in answers])
-            for answer, score in zip(answers, scores):
-                report(answer, score[len(answer.request.tokens) - 1 :])
-        else:
-            self._decode(answers, params, poll, lambda answer: report(answer, answer.logp))
+        second_pass = changes_distribution(params)
+        with suppress(Pause):
+            self._decode(answers, params, poll, nothing if second_pass else report)
+        if second_pass:
+            self._ask_policy([answer for answer in answers if answer.fresh_logp])
+        for answer in answers:
+            if answer.index not in done:
+                report(answer)
         return [done[i] for i in range(len(requests))]
+
+    def _ask_policy(self, answers: Sequence[Answer]) -> None:
+        """A second pass says the policy's log-probabilities of the tokens just sampled."""
+        scores = self.score([answer.line for answer in answers])
+        for answer, score in zip(answers, scores):
+            answer.policy_logp = score[-len(answer.fresh_logp) :]
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[tuple[float, ...]]:
         """Log-probability of each token of a sequence but its first, at temperature 1."""
@@ -230,18 +227,21 @@ class VllmEngine:
 
     def _decode(
         self,
-        answers: list[_Answer],
+        answers: list[Answer],
         params: SamplingParams,
         poll: Callable[[int, int], None],
-        on_end: Callable[[_Answer], None],
+        on_end: Callable[[Answer], None],
     ) -> None:
         stop_tokens = sorted(self.stop_tokens | params.stop_tokens)
-        going: dict[str, _Answer] = {}
+        going: dict[str, Answer] = {}
         finished = tokens = 0
         try:
             for a in answers:
-                sampling = self._port.sampling(params, a.request.key, a.limit, stop_tokens)
-                a.name = self._submit(a.request.tokens, sampling)
+                begun = len(a.tokens)
+                # Its generators count from the start of a request; an answer that goes on must not draw the same again.
+                seed = key(a.request.key, begun) if begun else a.request.key
+                sampling = self._port.sampling(params, seed, a.limit, begun, stop_tokens)
+                a.name = self._submit(a.line, sampling)
                 going[a.name] = a
             while going:
                 poll(finished, tokens)
@@ -263,13 +263,13 @@ class VllmEngine:
         self._port.submit(self._llm, name, tokens, params, self._adapter)
         return name
 
-    def _add(self, answer: _Answer, output: "RequestOutput", params: SamplingParams) -> int:
+    def _add(self, answer: Answer, output: "RequestOutput", params: SamplingParams) -> int:
         """Put new tokens to their answer, and end it where it ends; returns their number."""
         (part,) = output.outputs
         before = len(answer.tokens)
         for token, logp in zip(part.token_ids, part.logprobs.logprobs, strict=True):
             answer.tokens.append(token)
-            answer.logp.append(logp)
+            answer.fresh_logp.append(logp)
             if params.stop and has_stop_text(self.tokenizer, answer.tokens, params):
                 answer.finish = "stop"
                 if not output.finished:
@@ -280,13 +280,8 @@ class VllmEngine:
         return len(answer.tokens) - before
 
 
-def completion(answer: _Answer, policy_logp: Sequence[float]) -> Completion:
-    return Completion(
-        tokens=tuple(answer.tokens),
-        logp=tuple(answer.logp),
-        policy_logp=tuple(policy_logp),
-        finish=answer.finish or "length",
-    )
+def nothing(answer: Answer) -> None:
+    """It is not complete before the second pass."""
 
 
 def port() -> Any:

@@ -81,8 +81,12 @@ def _process_state_kept() -> Iterator[None]:
                 torch.set_num_threads(threads)
 
 
-def sampling(params: SamplingParams, key: int, max_tokens: int, stop_tokens: Sequence[int]) -> VllmSampling:
-    """Tokens and their log-probabilities only. Stop texts are the caller's, who then sees every token as it comes."""
+def sampling(
+    params: SamplingParams, key: int, max_tokens: int, begun: int, stop_tokens: Sequence[int]
+) -> VllmSampling:
+    """Tokens and their log-probabilities only, `begun` tokens of the answer being there. Stop texts are the caller's,
+    who then sees every token as it comes."""
+    left = max_tokens - begun
     return VllmSampling(
         temperature=params.temperature,
         top_k=params.top_k,
@@ -90,8 +94,8 @@ def sampling(params: SamplingParams, key: int, max_tokens: int, stop_tokens: Seq
         min_p=params.min_p,
         repetition_penalty=params.repetition_penalty,
         seed=key & ((1 << 63) - 1) if params.temperature else None,
-        max_tokens=max_tokens,
-        min_tokens=min(params.min_tokens, max_tokens),
+        max_tokens=left,
+        min_tokens=min(max(params.min_tokens - begun, 0), left),
         stop_token_ids=list(stop_tokens),
         ignore_eos=True,  # the end tokens are all in the list
         logprobs=0,

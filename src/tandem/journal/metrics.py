@@ -165,6 +165,14 @@ _ROLLOUT = {
     "rollout/logp_gap_max": Metric("largest |sampler's logp - trainer's logp|", "nat", "as above"),
     "rollout/lag_mean": Metric("mean of current version - oldest version in the answer", "versions", ""),
     "rollout/lag_max": Metric("largest current version - oldest version in an answer", "versions", ""),
+    "rollout/token_lag_mean": Metric(
+        "mean of current version - version that chose a token, over tokens",
+        "versions",
+        "with sampling.in_flight",
+    ),
+    "rollout/carried_share": Metric(
+        "answers with tokens of more than one version / answers", "share", "with sampling.in_flight"
+    ),
     "rollout/refills": Metric("rounds of fresh groups under algorithm.keep=mixed", "rounds", ""),
     "rollout/dropped_groups": Metric("groups left out under algorithm.keep=mixed", "groups", ""),
     "correction/mean": Metric(

@@ -60,7 +60,7 @@ def rewind(folder: Path, step: int) -> None:
 def records(
     step: int, groups: Sequence["Group"], advantages: Sequence[float] | None = None
 ) -> list[dict[str, Any]]:
-    """One plain mapping per answer. `logp` and `policy_logp` go with the sampled tokens, in order."""
+    """One plain mapping per answer. `logp`, `policy_logp` and `versions` go with the sampled tokens, in order."""
     rows: list[dict[str, Any]] = []
     for group in groups:
         for sample, rollout in enumerate(group.rollouts):
@@ -95,6 +95,7 @@ def _tokens(rollout: "Rollout") -> dict[str, Any]:
         "finish": rollout.finish,
         "oldest_version": rollout.oldest_version,
         "newest_version": rollout.newest_version,
+        "versions": [rollout.versions[i] for i in chosen],
         "tokens": list(rollout.tokens),
         "sampled": list(rollout.sampled),
         "logp": [_finite(rollout.logp[i]) for i in chosen],
@@ -121,7 +122,7 @@ def _write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         + [(name, text) for name in ("question", "prompt", "answer", "truth")]
         + [("reward", number), ("failure", text), ("detail", text), ("parts", pa.map_(text, number))]
         + [("advantage", number), ("finish", text)]
-        + [("oldest_version", pa.int64()), ("newest_version", pa.int64())]
+        + [("oldest_version", pa.int64()), ("newest_version", pa.int64()), ("versions", tokens)]
         + [("tokens", tokens), ("sampled", pa.list_(pa.bool_()))]
         + [("logp", pa.list_(number)), ("policy_logp", pa.list_(number))]
     )

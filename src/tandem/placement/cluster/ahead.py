@@ -1,7 +1,8 @@
 """Sampling beside training: one thread does everything that engines are asked for, in the order it was asked.
 
 So the answers of step s + lag come from exactly the weights of step s, as in one process: a run with lag is the same
-run wherever it is placed, only that its stages overlap.
+run wherever it is placed, only that its stages overlap. With weights in flight they begin with those of step s or newer
+ones, and go on with what is published meanwhile.
 """
 
 import time
@@ -105,8 +106,8 @@ class AheadStream:
 
     def take(self, version: int) -> list[Group]:
         """The groups of the next step; `version` counts the steps whose weights were published."""
-        max_lag = self._stream.sampler.run.sampling.max_lag
-        while len(self._ahead) <= max_lag:
+        sampling = self._stream.sampler.run.sampling
+        while len(self._ahead) <= sampling.max_lag:
             self._latest = self._line.submit(self._draw)
             self._ahead.append(self._latest)
         began = time.monotonic()
@@ -114,7 +115,7 @@ class AheadStream:
         waited = time.monotonic() - began
         self.cursor.restore(ahead.cursor)
         self.watch.observe(ahead.drawn.scores)
-        lags = lag_figures(ahead.drawn.groups, version, max_lag)
+        lags = lag_figures(ahead.drawn.groups, version, sampling)
         self.last = {**ahead.drawn.figures, **lags, "timing/non_overlap_rollout": waited}
         return ahead.drawn.groups
 

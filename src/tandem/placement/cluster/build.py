@@ -54,7 +54,8 @@ class RemoteRoles:
     sent: int = 0
 
     def publish(self, version: int) -> None:
-        """The engines take the actor's weights when they are done with what they were asked before."""
+        """The engines take the actor's weights when they are done with what they were asked before, or at once where
+        weights reach answers in flight."""
         self.serve(version)
         if self.reference is not None and self.actor.run.refreshes_reference(version):
             self.reference.refresh(self.actor)
@@ -64,12 +65,11 @@ class RemoteRoles:
         self.sent += 1
         verify = self.actor.run.engine.verifies(self.sent)
         parcel = self.learners.call("offer", version, verify)
-
-        def take() -> None:
-            self.engines.update(parcel)
-            self.inner.version = version
-
-        self.line.submit(take)
+        if self.actor.run.sampling.in_flight:
+            self.engines.offer(parcel)
+            self.line.submit(self.engines.settle)
+        else:
+            self.line.submit(lambda: self.engines.update(parcel))
         self.sampler.version = version
 
     def on_learners(self, work: Callable[..., Any], *arguments: Any) -> Any:

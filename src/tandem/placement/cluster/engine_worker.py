@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tandem.config.run import Run
 from tandem.device import pick
-from tandem.engine import Completion, Request, SamplingParams
+from tandem.engine import Completion, Pause, Request, SamplingParams
 from tandem.engine.receiver import ReceivingEngine
 from tandem.engine.roads import FilesRoad
 from tandem.engine.vllm import VllmEngine
@@ -38,7 +38,7 @@ class EngineWorker(Process):
 
     def __init__(self, log: str, run: Run, adapter: bool) -> None:
         super().__init__(log, run)
-        self._number = self._tokens = 0
+        self._number = self._tokens = self._wanted = 0
         self._finished: list[tuple[int, Completion]] = []
         self._stop = threading.Event()
         self.adapter, self.log = adapter, Path(log)
@@ -81,6 +81,11 @@ class EngineWorker(Process):
             return Progress(tokens=0, answers=[])
         return Progress(tokens=self._tokens, answers=self._finished[heard:])
 
+    def pause(self, version: int) -> None:
+        """Calls that sample from older weights than these end between two tokens, with their answers as far as they
+        are."""
+        self._wanted = version
+
     def abandon(self) -> None:
         """End the call under way."""
         self._stop.set()
@@ -96,6 +101,8 @@ class EngineWorker(Process):
         self._tokens = tokens
         if self._stop.is_set():
             raise Abandoned("the answers are no longer wanted")
+        if self.engine.version < self._wanted:
+            raise Pause
 
 
 def embedded(run: Run, adapter: bool, log: Path) -> ReceivingEngine:

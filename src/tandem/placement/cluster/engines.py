@@ -7,11 +7,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tandem.config.placement import Placement
-from tandem.engine import Completion, Request, SamplingParams
+from tandem.engine import PAUSED, Completion, Request, SamplingParams
 from tandem.errors import RunError
 from tandem.placement.cluster import port
 from tandem.placement.cluster.engine_worker import Progress
@@ -40,7 +40,12 @@ class Job:
     """Of calls that ended."""
 
     def take(self, index: int, completion: Completion) -> None:
-        if index not in self.done:
+        """An answer, whole or paused, from the engine that had it last."""
+        if index in self.done:
+            return
+        if completion.finish == PAUSED:
+            self.requests[index] = replace(self.requests[index], begun=completion)
+        else:
             self.done[index] = completion
             self.on_done(index, completion)
 
@@ -94,11 +99,24 @@ class Engines:
         self.seats = [Seat(number) for number in range(placement.engines)]
         self.version = self._calls = 0
         self._parcel: Parcel | None = None
+        self._offered: Parcel | None = None
         self._closing = self._awake = False
 
     def update(self, parcel: Parcel) -> None:
         """All engines take a version of the weights; those that are lost do so when they are back."""
-        self._parcel, self.version = parcel, parcel.offer.version
+        self._offered = parcel
+        self.settle()
+
+    def offer(self, parcel: Parcel) -> None:
+        """From now on answers come from these weights, those in the making from their next token on. Any thread may
+        call this."""
+        self._offered = parcel
+        for seat in self.seats:
+            if (worker := seat.worker) is not None:
+                worker.call("pause", parcel.offer.version)
+
+    def settle(self) -> None:
+        """Wait until the engines have what was offered last."""
         self._tend()
         while any(map(self._awaited, self.seats)) or not any(map(self._ready, self.seats)):
             self._wait([seat.taking[0] for seat in self.seats if seat.taking])
@@ -123,7 +141,8 @@ class Engines:
                     if job.waiting:
                         self._hand_out(seat, job)
                 working = [(seat, seat.work) for seat in self.seats if seat.work]
-                self._wait([call for _, work in working for call in (work.call, work.news) if call])
+                calls = [call for _, work in working for call in (work.call, work.news) if call]
+                self._wait([*calls, *(seat.taking[0] for seat in self.seats if seat.taking)])
                 for seat, work in working:
                     self._look_after(seat, work, job)
                 busy = sum(work.tokens for seat in self.seats if (work := seat.work))
@@ -156,8 +175,9 @@ class Engines:
         return self._ready(seat) and seat.work is None
 
     def _tend(self) -> None:
-        """Fill vacant seats whose time has come, and bring those behind to the present weights."""
-        assert self._parcel is not None, "engines get weights before they are asked for answers"
+        """Fill vacant seats whose time has come, and bring those behind to the weights offered last."""
+        assert self._offered is not None, "engines get weights before they are asked for answers"
+        self._parcel, self.version = self._offered, self._offered.offer.version
         for seat in self.seats:
             if seat.worker is None and time.monotonic() >= seat.vacant_until:
                 seat.worker, seat.version = self._spawn(seat.number), None
@@ -191,7 +211,7 @@ class Engines:
         assert seat.worker
         self._calls += 1
         indices = job.waiting.popleft()
-        mine = [job.requests[i] for i in indices]
+        mine = [replace(job.requests[i], version=self.version) for i in indices]
         call = seat.worker.call("generate", self._calls, mine, job.params, self.version)
         seat.work = Work(self._calls, indices, call)
 
@@ -206,9 +226,10 @@ class Engines:
                 job.put_back(work.indices)
                 return
             seat.losses = 0
-            job.tokens += sum(len(completion.tokens) for completion in answers)
             for index, completion in zip(work.indices, answers):
+                job.tokens += len(completion.tokens) - len(job.requests[index].begun.tokens)
                 job.take(index, completion)
+            job.put_back(work.indices)
         elif silent > self.placement.engine_timeout_s:
             seat.work = None
             job.put_back(work.indices)

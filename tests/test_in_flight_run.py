@@ -1,0 +1,225 @@
+"""New weights reach answers in the making: what each token says of its version, the bound on it, and what it costs."""
+
+import json
+import os
+import signal
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from ray_runs import SMALL, pids
+from slow_engines import DIGITS, SlowEngine, ThreadWorker, first_done, parcel
+from small_recipe import recipe
+from tandem.config import load
+from tandem.config.placement import Placement
+from tandem.config.sections import Model
+from tandem.engine import Request, SamplingParams
+from tandem.engine.probe import policy_logp
+from tandem.errors import ConfigError
+from tandem.journal import read_metrics
+from tandem.model import load as load_model
+from tandem.model import tokenizer_of
+from tandem.placement.cluster.ahead import AheadStream, Line
+from tandem.placement.cluster.build import RemoteRoles
+from tandem.rollout import group_from, group_record
+from tandem.train.run import Launch, save_merged, train
+from tandem.train.session import Session
+from test_stream import make, model, scorer  # noqa: F401
+
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+PLACEMENT = {"kind": "apart", "cpus": 1, "start_timeout_s": 120, "engine_timeout_s": 8, "backoff_s": 0.1}
+SAMPLING_S, TRAINING_S, TOKENS, STEPS = 0.4, 0.25, 40, 8
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Engines of this process: `(count, token_s) -> (Engines, the slow ones)`."""
+    from tandem.placement.cluster import engines
+
+    monkeypatch.setattr(engines.port, "first_done", first_done)
+    closing = []
+
+    def built(count: int, token_s: float):
+        made = []
+
+        def spawn(number: int) -> ThreadWorker:
+            made.append(SlowEngine(token_s))
+            return ThreadWorker(made[-1], f"engine {number}")
+
+        placement = Placement(kind="apart", engines=count, backoff_s=0.0, engine_timeout_s=1.0)
+        closing.append(engines.Engines(spawn, placement))
+        return closing[-1], made
+
+    yield built
+    for each in closing:
+        each.close()
+
+
+def in_flight(tokens: int) -> dict:
+    sampling = {"max_lag": 1, "in_flight": True, "max_answer_tokens": tokens}
+    return {"sampling": sampling, "placement": {"kind": "apart"}}
+
+
+def checked(rollout) -> set[int]:
+    """Every token is by the weights that its version says."""
+    chosen = rollout.versions[rollout.prompt_length :]
+    assert rollout.tokens[rollout.prompt_length :] == tuple(DIGITS[v % 10] for v in chosen)
+    assert list(chosen) == sorted(chosen)
+    return set(chosen)
+
+
+@needs_ray
+def test_a_step_takes_as_long_as_the_slower_stage_and_answers_are_carried(make, slow):  # noqa: F811
+    stream = make("?" * 12, **in_flight(TOKENS))
+    engines, _ = slow(2, SAMPLING_S / TOKENS)
+    stream.sampler.engine = engines
+    line = Line()
+    beside = AheadStream(stream, line)
+    began, mixed = 0.0, []
+    for version in range(STEPS + 1):
+        engines.offer(parcel(version))
+        line.submit(engines.settle)
+        groups = beside.take(version)
+        began = began or time.monotonic()
+        assert beside.last["rollout/lag_max"] <= 1
+        seen = [checked(r) for g in groups for r in g.rollouts]
+        mixed.append(sum(len(versions) == 2 for versions in seen) / len(seen))
+        assert beside.last["rollout/carried_share"] == mixed[-1]
+        time.sleep(TRAINING_S)
+    line.close()
+    per_step = (time.monotonic() - began - TRAINING_S) / STEPS
+    assert sum(share == 1 for share in mixed) >= STEPS - 2, f"carried across an update: {mixed}"
+    assert per_step <= 1.15 * SAMPLING_S, f"{per_step:.3f} s, the slower stage takes {SAMPLING_S} s"
+
+
+@needs_ray
+def test_groups_keep_their_versions_through_a_checkpoint(make, slow):  # noqa: F811
+    stream = make("?" * 12, **in_flight(10))
+    engines, _ = slow(1, 0.05)
+    stream.sampler.engine = engines
+    line = Line()
+    beside = AheadStream(stream, line)
+    engines.offer(parcel(0))
+    beside.take(0)
+    time.sleep(0.1)
+    engines.offer(parcel(1))
+    groups = beside.newest
+    line.close()
+    assert {len(checked(r)) for g in groups for r in g.rollouts} == {2}
+    records = json.loads(json.dumps([group_record(g) for g in groups]))
+    assert [group_from(r, stream.prompts) for r in records] == groups
+
+
+@needs_ray
+def test_an_engine_that_dies_or_hangs_while_it_is_paused_is_replaced(slow):
+    """Its answers go on from where they last were known to be, or begin anew."""
+    engines, made = slow(2, 0.02)
+    engines.offer(parcel(0))
+    struck = []
+
+    def poll(answers, tokens):
+        if not struck and tokens:
+            struck.append(time.monotonic())
+            made[0].dead.set()
+            made[1].pause = lambda version: None  # deaf, and silent from now on
+            made[1].progress = lambda number, heard: made[0].progress(0, 0).__class__(tokens=1, answers=[])
+            engines.offer(parcel(1))
+
+    requests = [Request(tokens=(i,), key=i) for i in range(6)]
+    done = engines.generate(
+        requests, SamplingParams(max_tokens=100), poll=poll, on_done=lambda index, completion: None
+    )
+    assert len(made) == 4 and struck
+    for completion in done:
+        assert completion.tokens == tuple(DIGITS[v] for v in completion.versions)
+        assert len(completion.tokens) == 100 and completion.versions[-1] == 1
+
+
+def run_in(folder: Path, monkeypatch, **changes):
+    """A run whose weights of every version are kept; returns it, its metrics and its rollout records by step."""
+    serve = RemoteRoles.serve
+
+    def kept(self, version):
+        serve(self, version)
+        self.on_learners(save_merged, folder / f"version{version}")
+
+    monkeypatch.setattr(RemoteRoles, "serve", kept)
+    sampling = {"max_lag": 1, "in_flight": True, "slots": 2, "max_answer_tokens": 90}
+    known = SMALL | {
+        "steps": 5,
+        "eval": {"every": None},
+        "algorithm": {"kl": {"coef": 0.0}},
+        "sampling": sampling,
+        "placement": PLACEMENT,
+    }
+    path = recipe(folder, **known | changes)
+    run = load(path)
+    train(run, Launch(recipe=str(path)))
+    files = sorted((folder / "run" / "rollouts").glob("step_*.jsonl"))
+    rows = [row for row in read_metrics(folder / "run" / "metrics.jsonl") if "reward/mean" in row]
+    return run, rows, [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+
+
+def held_against_their_weights(folder: Path, run, records) -> int:
+    """Each token has the log-probability that its version's weights give it in a plain forward pass, and is not too
+    old; returns the number of answers with more than one version."""
+    mixed, loaded = 0, {}
+    for step, rows in enumerate(records):
+        for row in rows:
+            versions = row["versions"]
+            assert min(versions) >= step - run.sampling.max_lag and max(versions) <= step
+            first = row["sampled"].index(True)
+            for version in set(versions):
+                if version not in loaded:
+                    config = Model(path=str(folder / f"version{version}"), dtype="fp32")
+                    loaded[version] = load_model(config, tokenizer_of(config), torch.device("cpu"), seed=0)
+                theirs = policy_logp(loaded[version], tuple(row["tokens"]))[first - 1 :]
+                for ours, its, logp in zip(versions, theirs, row["policy_logp"], strict=True):
+                    assert ours != version or logp == pytest.approx(its, abs=1e-4)
+            mixed += len(set(versions)) > 1
+    return mixed
+
+
+@needs_ray
+def test_tokens_are_of_the_weights_that_their_version_says(tmp_path, monkeypatch):
+    run, rows, records = run_in(tmp_path, monkeypatch)
+    assert held_against_their_weights(tmp_path, run, records) > 0
+    assert len(rows) == run.steps and max(row["rollout/lag_max"] for row in rows) == 1
+    assert max(row["rollout/carried_share"] for row in rows) > 0
+    for step, (row, answers) in enumerate(zip(rows, records)):
+        lags = [step - version for answer in answers for version in answer["versions"]]
+        assert row["rollout/token_lag_mean"] == pytest.approx(sum(lags) / len(lags))
+
+
+@needs_ray
+def test_lost_engines_change_nothing_of_that(tmp_path, monkeypatch):
+    hit = []
+    after = Session.after
+
+    def strike(self, step, *rest):
+        after(self, step, *rest)
+        if step in (1, 3):
+            victim = pids(tmp_path / "run", "engine")[-1 if step == 1 else 0]
+            hit.append(victim)
+            os.kill(victim, signal.SIGKILL if step == 1 else signal.SIGSTOP)
+
+    monkeypatch.setattr(Session, "after", strike)
+    run, rows, records = run_in(tmp_path, monkeypatch, placement=PLACEMENT | {"engines": 2})
+    held_against_their_weights(tmp_path, run, records)
+    assert len(rows) == run.steps and len(set(hit)) == 2
+    assert len(set(pids(tmp_path / "run", "engine"))) > 2
+    assert not any(psutil.pid_exists(pid) for pid in hit)
+
+
+@pytest.mark.parametrize("changes", [
+    {"placement": {"kind": "inline"}, "sampling": {"max_lag": 1}},
+    {"placement": {"kind": "apart"}, "sampling": {"max_lag": 0}},
+])  # fmt: skip
+def test_where_nothing_is_in_flight_it_is_refused(tmp_path, changes):
+    changes["sampling"]["in_flight"] = True
+    with pytest.raises(ConfigError, match=r"needs placement\.kind=apart and sampling\.max_lag"):
+        load(recipe(tmp_path, **changes))
