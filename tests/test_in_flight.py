@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from tandem.engine import PAUSED, EmbeddedEngine, Pause, Request, SamplingParams, embedded, steps
+from tandem.engine import PAUSED, EmbeddedEngine, Pause, Request, SamplingParams, decode, embedded, steps
 from tandem.engine.random import key
 from tandem.engine.steps import FixedSteps
 from test_engine import PROMPTS, STOPS
 from tiny_models import forward_logits, language_model, twin
 
+STOPPING = ("in two tokens",)
+"""Stands for texts that answers have in their middle."""
 PARAMS = {
     "plain": {},
     "scaled": {"temperature": 0.7},
@@ -17,7 +19,7 @@ PARAMS = {
     "held": {"min_tokens": 12},
     "truncated": {"top_k": 20, "top_p": 0.9, "min_p": 0.01},
     "penalized": {"repetition_penalty": 1.3},
-    "stop text": {"stop": ("a", "e", "X")},
+    "stop text": {"stop": STOPPING},
 }
 
 
@@ -68,6 +70,11 @@ def same(ours, theirs) -> None:
 def test_an_answer_goes_on_as_if_it_had_never_stopped(name):
     params = SamplingParams(max_tokens=30, stop_tokens=STOPS, **PARAMS[name])
     engine = EmbeddedEngine(language_model("qwen3"), 8, tokens_per_prefill=60)
+    if params.stop == STOPPING:
+        free = engine.generate(requests_to(), replace(params, stop=()))
+        texts = [decode(engine.model.tokenizer, c.tokens[i : i + 2]) for c in free for i in (4, 7)]
+        params = replace(params, stop=tuple(t for t in texts if t.isascii() and len(t) == 2))
+        assert params.stop
     whole = engine.generate(requests_to(), params)
     assert len({len(c.tokens) for c in whole}) > 2
     for tokens in (1, 7, 40):

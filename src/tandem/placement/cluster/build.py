@@ -47,7 +47,6 @@ class RemoteRoles:
     kl: KlController
     learners: "Learners"
     engines: "Engines"
-    inner: Sampler
     line: Line
     open: ExitStack = field(default_factory=ExitStack)
     """Closes everything, the last opened first."""
@@ -124,7 +123,6 @@ def build(
             kl=KlController(kl.coef, kl.target, kl.horizon),
             learners=placed.learners,
             engines=placed.engines,
-            inner=inner,
             line=line,
         )
         roles.serve(0)
