@@ -173,10 +173,35 @@ def placement_table(case: dict[str, Any]) -> str:
     return table(heads, rows)
 
 
+def scaling_table(case: dict[str, Any]) -> str:
+    """Layouts by their update, or stages that sleep by how far a step is from the slower one."""
+    rows = case["rows"]
+    if "over_slower_stage" in rows[0]:
+        heads = ["sampling, s", "training, s", "lag", "seconds per step", "times the slower stage"]
+        cells = [
+            [
+                number(row["sampling"]),
+                number(row["training"]),
+                row["setting"].removeprefix("lag "),
+                spread(row),
+                f"{row['over_slower_stage']:.2f}",
+            ]
+            for row in rows
+        ]
+        return table(heads, cells)
+    heads = ["learners", "seconds per step", "update", "sampling"]
+    phases = [(row["phases"]["timing/update"], row["phases"]["timing/rollout"]) for row in rows]
+    return table(heads, [
+        [row["setting"], spread(row), f"{update:.3f}", f"{rollout:.3f}"]
+        for row, (update, rollout) in zip(rows, phases)
+    ])  # fmt: skip
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "rollout": rollout_table,
     "grpo_step": step_table,
     "placement": placement_table,
+    "scaling": scaling_table,
 }
 
 

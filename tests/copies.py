@@ -103,7 +103,7 @@ def send(road: Any, engine: Any, version: int, weights: ModelWeights, **options:
     """One transfer, whatever the road."""
     offer = road.offer(version, weights, **options)
     if isinstance(road, BroadcastRoad):
-        with beside(lambda: road.send(offer)):
+        with beside(lambda: road.send(offer, weights)):
             engine.update(offer)
     else:
         assert isinstance(road, FilesRoad | MemoryRoad)

@@ -3,13 +3,15 @@
 import json
 import multiprocessing
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing import start_processes
@@ -67,7 +69,7 @@ class Case:
 CASES = {
     4: {
         "shard": Case(layout={}),
-        "replicate x shard": Case(layout={"replicate": 2}),
+        "replicate x shard": Case(layout={"replicate": 2}, learner={"tokens_per_forward": 16}),
         "shard x sequence": Case(layout={"tensor": 2}),
         "shard x tensor": Case(layout={"tensor": 2, "sequence": False}, family="qwen3"),
         "context": Case(layout={"context": 4}),
@@ -79,7 +81,7 @@ CASES = {
     },
     2: {
         "shard": Case(layout={"shard": 2}),
-        "replicate": Case(layout={"replicate": 2}),
+        "replicate": Case(layout={"replicate": 2}, learner={"tokens_per_forward": 16}),
         "tensor": Case(layout={"tensor": 2, "sequence": False}),
         "sequence": Case(layout={"tensor": 2}),
         "context": Case(layout={"context": 2}),
@@ -164,6 +166,7 @@ def everything(rank: int, world: int, address: str, place: str) -> None:
             for layout, sizes in RESUMED.items():
                 go_on(replace(case, layout=sizes), folder, folder / f"saved {name}", layout, rank)
         slices_only(folder)
+        copies_are_summed_once_per_update(folder)
         a_new_model_is_the_same()
         reference_in_another_layout(folder)
         export_while_training(folder)
@@ -254,6 +257,35 @@ def slices_only(folder: Path) -> None:
         spread(Case(layout=sizes, family="qwen2_untied"), folder)
         assert 0.45 * total < Counting.read <= most * total, (sizes, Counting.read / total)
     safetensors.safe_open = safe_open
+
+
+def copies_are_summed_once_per_update(folder: Path) -> None:
+    """However many micro-batches there are: once for each unit of FSDP, and again for the norm and the figures."""
+    counts = {}
+    for tokens in (16, 4096):
+        case = Case(layout={"replicate": 2, "shard": 1}, learner={"tokens_per_forward": tokens})
+        _, part = single(case, folder)
+        actor = spread(case, folder)
+        packs = len(list(actor._micro_batches(part)))
+        with counting(dist, "all_reduce") as calls:
+            actor.update([part], 0.05)
+        counts[packs] = len(calls)
+    assert len(counts) == 2 and len(set(counts.values())) == 1, counts
+
+
+@contextmanager
+def counting(owner: Any, name: str) -> Iterator[list[None]]:
+    """The calls of a function, one entry each."""
+    calls: list[None] = []
+    plain = getattr(owner, name)
+
+    def counted(*arguments: Any, **keys: Any) -> Any:
+        calls.append(None)
+        return plain(*arguments, **keys)
+
+    setattr(owner, name, counted)
+    yield calls
+    setattr(owner, name, plain)
 
 
 def a_new_model_is_the_same() -> None:

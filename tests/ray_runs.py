@@ -2,15 +2,21 @@
 
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from small_recipe import environment
 from tandem.journal import read_metrics, repeatable
 
+RAY = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
 PID = re.compile(r"tandem\.worker (\w+)-(\d+): .* pid (\d+)")
 SMALL = {
     "steps": 20,
@@ -73,3 +79,72 @@ def alive(processes: list[psutil.Process]) -> list[str]:
 
 def end(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
+
+
+class JoinedNodes:
+    """Ray nodes on this machine, started with the commands of docs/cluster.md and the given sizes, the head first."""
+
+    def __init__(self, folder: Path, *sizes: str, port: int = 6399) -> None:
+        self.sizes, self.port, self.address = sizes, port, ""
+        self._nodes: list[subprocess.Popen[str]] = []
+        (folder / "token").write_text("a" * 64)
+        self.environ = environment() | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+            "RAY_TMPDIR": "/tmp",
+            # A node that is gone is missed after seconds instead of a quarter of a minute.
+            "RAY_health_check_initial_delay_ms": "1000",
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_timeout_ms": "2000",
+            "RAY_health_check_failure_threshold": "3",
+        }
+
+    def __enter__(self) -> "JoinedNodes":
+        try:
+            said = self._start("--head", f"--port={self.port}", "--include-dashboard=false", self.sizes[0])
+            found = re.search(r"--address='([\d.]+:\d+)'", said)
+            assert found, said
+            self.address = found[1]
+            for size in self.sizes[1:]:
+                self._start(f"--address={self.address}", size)
+        except AssertionError:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End these nodes and no other ones."""
+        processes = [process for node in self._nodes for process in children(node.pid)]
+        for process in [*self._nodes, *processes]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        for node in self._nodes:
+            node.wait()
+
+    def _start(self, *words: str) -> str:
+        """Until the node runs; it stays a child of this process."""
+        command = [
+            RAY,
+            "start",
+            "--block",
+            "--object-store-memory=100000000",
+            "--disable-usage-stats",
+            *words,
+        ]
+        node = subprocess.Popen(
+            command, env=self.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self._nodes.append(node)
+        assert node.stdout is not None
+        said = ""
+        for line in node.stdout:
+            said += line
+            if "block forever" in line:
+                break
+        assert "block forever" in said, said
+        return said
+
+
+def children(pid: int) -> list[psutil.Process]:
+    """All below a process; none where it is gone."""
+    return psutil.Process(pid).children(recursive=True) if psutil.pid_exists(pid) else []

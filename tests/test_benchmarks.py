@@ -13,6 +13,7 @@ import lengths
 import pytest
 import regression
 import rollout
+import scaling
 import torch
 from contenders import tandem_engine, trl_gradient
 from contenders.stopwatch import until_end
@@ -277,6 +278,13 @@ def test_the_recorded_lengths_are_those_of_the_data():
 
 
 # The page.
+
+
+def test_stages_that_sleep_overlap_with_lag_alone():
+    ahead, in_turns = (min(scaling.sleeping(0.1, 0.1, lag, 4)) for lag in (1, 0))
+    assert 0.1 <= ahead < 0.15 and in_turns >= 0.2
+    case = {"rows": scaling.overlap_rows(1)}
+    assert document.scaling_table(case).count("| 0.3 | 0.15 | 1 |") == 1
 
 
 def test_the_page_is_made_from_the_raw_results():

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ray_runs import SMALL, alive, end, family, pids, steps_done, trajectory, wait_until
+from ray_runs import SMALL, JoinedNodes, alive, end, family, pids, steps_done, trajectory, wait_until
 from small_recipe import environment, recipe, start
 from tandem.checkpoint import newest
 from tandem.config import load
@@ -142,8 +141,10 @@ def test_keys_that_cannot_be_meant_are_refused(tmp_path, keys, said):
 def test_colocated_refuses_lag_and_apart_other_roads(tmp_path):
     with pytest.raises(ConfigError, match="engines and learners take turns"):
         load(recipe(tmp_path, placement={"kind": "colocated"}, sampling={"max_lag": 1}))
-    with pytest.raises(ConfigError, match="use auto or files"):
-        load(recipe(tmp_path, placement={"kind": "apart"}, engine={"transfer": "broadcast"}))
+    with pytest.raises(
+        ConfigError, match=r"transfer=broadcast: with placement.kind=colocated .* by auto, files"
+    ):
+        load(recipe(tmp_path, placement={"kind": "colocated"}, engine={"transfer": "broadcast"}))
 
 
 def small(folder: Path, **more) -> list[str]:
@@ -196,41 +197,22 @@ def test_two_nodes_joined_by_address_run_the_cluster_recipe(tmp_path, random_fol
     questions = tmp_path / "train.jsonl"
     rows = [{"question": f"{i} and {i}?", "answer": f"#### {2 * i}"} for i in range(20)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "token").write_text("a" * 64)
-    environ = environment() | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
-        "RAY_TMPDIR": "/tmp",
-    }
-    ray_command = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
-    size = ["--num-cpus=2", "--object-store-memory=100000000", "--disable-usage-stats"]
-
-    def command(*words: str) -> str:
-        done = subprocess.run([ray_command, *words], env=environ, capture_output=True, text=True, timeout=90)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    try:
-        head = command("start", "--head", "--port=6399", "--include-dashboard=false", *size)
-        address = re.search(r"--address='([\d.]+:\d+)'", head)[1]
-        command("start", f"--address={address}", *size)
+    with JoinedNodes(tmp_path, "--num-cpus=2", "--num-cpus=2") as cluster:
         overrides = small(tmp_path, **{
             "model.path": random_folder,
             "model.dtype": "fp32",
             "data.train": questions,
             "data.template": "plain",
             "engine.kind": "embedded",
-            "placement.address": address,
+            "placement.address": cluster.address,
             "placement.learners": 1,
             "placement.engines": 2,
             "placement.spread": "true",
             "algorithm.kl.coef": 0.0,
         })  # fmt: skip
         words = [sys.executable, "-m", "tandem", "train", str(RECIPES / "cluster.yaml"), *overrides]
-        done = subprocess.run(words, env=environ, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(words, env=cluster.environ, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
-    finally:
-        command("stop", "--force")
     nodes = {
         re.search(r"node (\w+)", log.read_text())[1] for log in (tmp_path / "run" / "logs").glob("*.log")
     }

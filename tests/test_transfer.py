@@ -273,7 +273,8 @@ from tandem.engine.weights import ModelWeights
 road = BroadcastRoad("127.0.0.1", 0, 0, 2, CPU, timeout_s=60)
 print(road.port, flush=True)
 road.connect()
-road.send(road.offer(1, ModelWeights(policy(1))))
+weights = ModelWeights(policy(1))
+road.send(road.offer(1, weights), weights)
 """
 
 
@@ -314,7 +315,7 @@ else:
     road = BroadcastRoad("127.0.0.1", 0, 0, 2, device, timeout_s=120)
     print(road.port, flush=True)
     road.connect()
-    road.send(road.offer(1, ModelWeights(model)))
+    road.send(road.offer(1, ModelWeights(model)), ModelWeights(model))
 """
 
 

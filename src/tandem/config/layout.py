@@ -13,7 +13,7 @@ class Layout(Section):
 
     replicate: int = Field(1, gt=0)
     """Whole copies of the sharded model, each with its share of the sequences; gradients are summed between them
-    once per micro-batch. Use it where `shard` would reach over a slow network."""
+    once per update. Use it where `shard` would reach over a slow network."""
     shard: int | None = Field(None, gt=0)
     """Processes that hold a part of every weight and gather it when it is used (FSDP2), each with its share of
     the sequences; null for the processes that the other axes leave over."""

@@ -21,6 +21,13 @@ from tandem.config.sections import (
     Warmup,
 )
 
+ROADS = {
+    "inline": ("auto", "memory", "files"),
+    "colocated": ("auto", "files"),
+    "apart": ("auto", "files", "broadcast"),
+}
+"""Values of engine.transfer that lead from trainer to engine, by placement.kind."""
+
 
 class Run(Section):
     """Everything a run is. The resolved form is saved as `config.yaml` in the run folder."""
@@ -97,6 +104,21 @@ class Run(Section):
         )
 
     @model_validator(mode="after")
+    def _road_leads_there(self) -> "Run":
+        kind, road = self.placement.kind, self.engine.transfer
+        if road not in ROADS[kind]:
+            raise ValueError(
+                f"engine.transfer={road}: with placement.kind={kind} weights travel by {', '.join(ROADS[kind])}"
+                + " (a broadcast needs a device for each of its processes)" * (road == "broadcast")
+            )
+        adapter = self.model.lora is not None and self.placement.learners == 1
+        if road == "broadcast" and self.engine.kind == "vllm" and adapter:
+            raise ValueError(
+                "engine.transfer=broadcast: vLLM reads adapters (model.lora) from files; use auto or files"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _whole(self) -> "Run":
         learner, s = self.learner, self.sampling
         if s.prompts_per_step % learner.updates_per_step:
@@ -124,11 +146,6 @@ class Run(Section):
                 f"sampling.in_flight=true with placement.kind={self.placement.kind} and sampling.max_lag={s.max_lag}: "
                 "new weights can only reach answers in the making where training goes on beside them; it needs "
                 "placement.kind=apart and sampling.max_lag of at least 1"
-            )
-        if self.placement.kind != "inline" and self.engine.transfer not in ("auto", "files"):
-            raise ValueError(
-                f"engine.transfer={self.engine.transfer}: with placement.kind={self.placement.kind} weights travel "
-                "through files, or through Ray where transfer=auto and the nodes are several; use auto or files"
             )
         if self.placement.kind != "inline" and self.profile:
             raise ValueError("profile=true traces this process; it needs placement.kind=inline")

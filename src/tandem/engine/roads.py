@@ -5,12 +5,14 @@ verifies everything before it changes anything.
 """
 
 import json
+import os
 import secrets
 import shutil
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +32,7 @@ BUCKET = 1 << 28
 MANIFEST = "weights.json"
 ADAPTER = "adapter_model.safetensors"
 SHARED = Path("/dev/shm")
+BLOCKING = "TORCH_NCCL_BLOCKING_WAIT"
 
 
 class Road(Protocol):
@@ -40,6 +43,24 @@ class Road(Protocol):
     def read(self, offer: Offer) -> Iterator[tuple[str, Tensor]]:
         """The tensors of an offer, in its order, on the receiver's device or the CPU."""
         ...
+
+
+class RoadBroken(RunError):
+    """A transfer that ended in the middle, because one of its processes went silent; another may succeed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meeting:
+    """Where a receiver of a broadcast meets the others, and its place among them."""
+
+    number: int
+    """Of the group, so that none is taken for an earlier one."""
+    host: str
+    port: int
+    first_rank: int
+    """Of the receiver; with tensor parallelism its other workers follow."""
+    size: int
+    timeout_s: float
 
 
 class MemoryRoad:
@@ -157,6 +178,7 @@ class BroadcastRoad:
 
     The sender opens the meeting point, says its `port` to the receivers, and both call `connect`. Weights go in
     buckets with the checksums after each; a transfer that breaks off leaves a receiver with some of the new ones.
+    Whoever waits longer than `timeout_s` for the others gets a `RoadBroken`, and the group is of no more use.
     """
 
     rereadable = False
@@ -166,10 +188,12 @@ class BroadcastRoad:
     ) -> None:
         self.rank, self.size, self.device = rank, size, device
         self.timeout = timedelta(seconds=timeout_s)
-        self._store = dist.TCPStore(host, port, None, rank == 0, self.timeout, wait_for_workers=False)
+        try:
+            self._store = dist.TCPStore(host, port, None, rank == 0, self.timeout, wait_for_workers=False)
+        except RuntimeError as cause:
+            raise self._nobody(cause) from cause
         self.port = self._store.port
         self._group: Any = None
-        self._weights: Weights | None = None
 
     def connect(self) -> None:
         """Wait until all are there."""
@@ -179,20 +203,21 @@ class BroadcastRoad:
             else:
                 options = dist.ProcessGroupNCCL.Options()
                 options._timeout = self.timeout
-                self._group = dist.ProcessGroupNCCL(self._store, self.rank, self.size, options)
+                with _errors_are_raised():
+                    self._group = dist.ProcessGroupNCCL(self._store, self.rank, self.size, options)
         except RuntimeError as cause:
-            raise RunError(
-                f"rank {self.rank} of {self.size} found no group for the weights within {self.timeout}: {cause}"
-            ) from cause
+            raise self._nobody(cause) from cause
+
+    @property
+    def connected(self) -> bool:
+        return self._group is not None
 
     def offer(self, version: int, weights: Weights, *, verify: bool = True) -> Offer:
-        self._weights = weights
         return _offer(version, "broadcast", weights, None, verify, None)
 
-    def send(self, offer: Offer) -> None:
-        """Send what was offered last, while all receivers read it."""
-        assert self._weights is not None
-        arriving = iter(self._weights)
+    def send(self, offer: Offer, weights: Weights) -> None:
+        """Send what was offered, while all receivers read it."""
+        arriving = iter(weights)
         for bucket in buckets(offer.specs, BUCKET):
             tensors = [next(arriving)[1].to(self.device) for _ in bucket]
             bytes_N = torch.cat([t.detach().contiguous().reshape(-1).view(torch.uint8) for t in tensors])
@@ -234,9 +259,14 @@ class BroadcastRoad:
     def close(self) -> None:
         self._group = None
 
+    def _nobody(self, cause: RuntimeError) -> RoadBroken:
+        return RoadBroken(
+            f"rank {self.rank} of {self.size} found no group for the weights within {self.timeout}: {cause}"
+        )
+
     def _broadcast(self, tensor: Tensor, offer: Offer, bucket: Sequence[TensorSpec]) -> None:
         if self._group is None:
-            raise RunError(
+            raise RoadBroken(
                 f"weights of version {offer.version} by road broadcast: the group is not connected (any more)"
             )
         options = dist.BroadcastOptions()
@@ -245,9 +275,23 @@ class BroadcastRoad:
             self._group.broadcast([tensor], options).wait()
         except RuntimeError as cause:
             self._group = None
-            raise RunError(
+            raise RoadBroken(
                 f"weights of version {offer.version} by road broadcast: broke off at tensor {bucket[0].name}: {cause}"
             ) from cause
+
+
+@contextmanager
+def _errors_are_raised() -> Iterator[None]:
+    """NCCL groups made inside raise at a deadline; others end their process."""
+    before = os.environ.get(BLOCKING)
+    os.environ[BLOCKING] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[BLOCKING]
+        else:
+            os.environ[BLOCKING] = before
 
 
 def buckets(specs: Sequence[TensorSpec], limit: int) -> Iterator[list[TensorSpec]]:

@@ -206,7 +206,7 @@ class VllmEngine:
         failures = [f for f in self._llm.collective_rpc("weight_failure") if f is not None]
         if failures:
             self._llm.finish_weight_update()
-            raise RunError(failures[0])
+            raise failures[0]
 
     def _take_adapter(self, offer: Offer) -> None:
         """vLLM reads the adapter from the offer's folder, once the files there are found whole."""

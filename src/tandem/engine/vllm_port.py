@@ -154,7 +154,7 @@ class Receiver(WeightTransferEngine[_Init, _Update]):
     update_info_cls = _Update
     supports_draft_weight_update = False
     road: Road
-    failure: str | None = None
+    failure: RunError | None = None
     loading = False
 
     def init_transfer_engine(self, init_info: _Init) -> None:
@@ -178,7 +178,7 @@ class Receiver(WeightTransferEngine[_Init, _Update]):
         try:
             self.receive_weights(self.parse_update_info(update_info))
         except RunError as cause:
-            self.failure = str(cause)
+            self.failure = cause
         synchronize(self.device)
 
     def receive_weights(self, update_info: _Update) -> None:
@@ -206,7 +206,7 @@ class WorkerExtension:
 
     weight_transfer_engine: Receiver
 
-    def weight_failure(self) -> str | None:
+    def weight_failure(self) -> RunError | None:
         """Why the weights sent last were refused."""
         return self.weight_transfer_engine.failure
 

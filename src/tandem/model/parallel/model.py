@@ -1,6 +1,6 @@
 """A language model of which each process has a part: the same methods as the whole one, called by all at once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ from tandem.model.parallel.fit import check_fit
 from tandem.model.parallel.folder import write_adapter, write_folder
 from tandem.model.parallel.grid import Grid
 from tandem.model.parallel.mesh import local
-from tandem.model.parallel.shard import Root, fully_shard_all, on_grid
+from tandem.model.parallel.shard import Root, fully_shard_all, on_grid, sum_copies
+from tandem.types import BatchT
 
 
 class ShardedModel(LanguageModel):
@@ -90,6 +91,29 @@ class ShardedModel(LanguageModel):
         hidden_mH = hidden_nH.index_select(0, cut.local(at_M[mine_M]))
         made = head(hidden_mH, *(column_M[mine_M] for column_M in columns_M))
         return tuple(cut.join(values_m, mine_M) for values_m in made)
+
+    def backward_each(
+        self,
+        pieces: Iterable[tuple[Tensor, BatchT]],
+        loss: Callable[[Tensor, BatchT], Tensor],
+        after: Callable[[], None],
+        *,
+        attention: str = "padded",
+    ) -> None:
+        several = list(pieces)
+
+        def loss_of(rows: Tensor, part: BatchT) -> Tensor:
+            self.last_backward(part is several[-1][1])
+            return loss(rows, part)
+
+        super().backward_each(several, loss_of, after, attention=attention)
+
+    def last_backward(self, last: bool) -> None:
+        """Before a backward pass: whether it is the last of an update. Only then are gradients summed between copies
+        of the model, once for all micro-batches, unless they are to leave the device after each."""
+        layout = self.grid.layout
+        if self.grid.replicate > 1 and not (layout.offload_parameters or layout.offload_gradients):
+            sum_copies(self.root, last)
 
     @property
     def logits_width(self) -> int:

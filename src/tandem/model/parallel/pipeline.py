@@ -188,6 +188,7 @@ class _Flow:
         stage, part = action.stage, action.part
         arrived_nH, made = self._held.pop((stage, part))
         gradient = None if stage == self.last else self._take(Action(True, stage + 1, part))
+        self.model.last_backward(part == len(self.pieces) - 1)
         # Before the first adapter there is nothing to train.
         if made.requires_grad:
             torch.autograd.backward(made, gradient)

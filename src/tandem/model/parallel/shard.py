@@ -52,6 +52,14 @@ def fully_shard_all(root: Root, layers: Iterable[nn.Module], grid: Grid) -> None
             module.set_force_sum_reduction_for_comms(True)
 
 
+def sum_copies(root: Root, now: bool) -> None:
+    """Whether the backward passes from here on sum gradients between the copies of a sharded model. Those before have
+    added theirs up on each copy, as parts, and they are in the next sum."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_all_reduce(now, recurse=False)
+
+
 def on_grid(values: Tensor, weight: Tensor, part: Part, grid: Grid, *, host: bool = False) -> DTensor:
     """This process's `values` for a weight (the weight, its gradient or its moments) as a piece of the whole; on the
     host a copy, unless they are there. Rows over `shard` come after the cut over `tensor` or `expert`."""

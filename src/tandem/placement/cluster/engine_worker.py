@@ -2,14 +2,14 @@
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tandem.config.run import Run
 from tandem.device import pick
 from tandem.engine import Completion, Pause, Request, SamplingParams
 from tandem.engine.receiver import ReceivingEngine
-from tandem.engine.roads import FilesRoad
+from tandem.engine.roads import BroadcastRoad, FilesRoad, Meeting
 from tandem.engine.vllm import VllmEngine
 from tandem.engine.weights import Offer
 from tandem.errors import RunError
@@ -43,19 +43,24 @@ class EngineWorker(Process):
         self._stop = threading.Event()
         self.adapter, self.log = adapter, Path(log)
         self._engine: ReceivingEngine | VllmEngine | None = None
+        self._meeting: Meeting | None = None
 
     @property
     def engine(self) -> ReceivingEngine | VllmEngine:
-        assert self._engine is not None, "the first weights make the engine"
+        assert self._engine is not None, "`build` makes the engine"
         return self._engine
 
+    def build(self) -> str:
+        """Make the engine; returns the place of this process."""
+        make = vllm if self.run.engine.kind == "vllm" else embedded
+        self._engine = make(self.run, self.adapter, self.log)
+        return self.place()
+
     def update(self, offer: Offer, probe: tuple[int, ...]) -> tuple[float, ...]:
-        """Take a version of the weights; returns the log-probabilities of the probe, none where nothing is verified.
-        The first call makes the engine."""
-        if self._engine is None:
-            make = vllm if self.run.engine.kind == "vllm" else embedded
-            self._engine = make(self.run, self.adapter, self.log)
-        if isinstance(self.engine, ReceivingEngine):
+        """Take a version of the weights; returns the log-probabilities of the probe, none where nothing is verified."""
+        if offer.road == "broadcast":
+            self._join(offer.place)
+        elif isinstance(self.engine, ReceivingEngine):
             self.engine.road = ObjectsRoad() if offer.road == "objects" else FilesRoad()
         elif offer.road == "objects":
             # vLLM's own workers are not Ray's: they read files.
@@ -97,6 +102,20 @@ class EngineWorker(Process):
     def _keep(self, index: int, completion: Completion) -> None:
         self._finished.append((index, completion))
 
+    def _join(self, meeting: Meeting) -> None:
+        """Be in the group of a broadcast."""
+        if meeting == self._meeting:
+            return
+        self._meeting = None
+        if isinstance(self.engine, ReceivingEngine):
+            place = (meeting.host, meeting.port, meeting.first_rank, meeting.size)
+            road = BroadcastRoad(*place, self.engine.model.device, meeting.timeout_s)
+            road.connect()
+            self.engine.road = road
+        else:
+            self.engine.connect("broadcast", **{k: v for k, v in asdict(meeting).items() if k != "number"})
+        self._meeting = meeting
+
     def _note(self, done: int, tokens: int) -> None:
         self._tokens = tokens
         if self._stop.is_set():
@@ -128,5 +147,6 @@ def vllm(run: Run, adapter: bool, log: Path) -> VllmEngine:
         trust_remote_code=run.model.trust_remote_code,
         fill=adapter,
     )
-    engine.connect("files")
+    if run.engine.transfer != "broadcast":
+        engine.connect("files")
     return engine

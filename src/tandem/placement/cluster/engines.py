@@ -12,14 +12,18 @@ from typing import Any
 
 from tandem.config.placement import Placement
 from tandem.engine import PAUSED, Completion, Request, SamplingParams
+from tandem.engine.roads import RoadBroken
 from tandem.errors import RunError
 from tandem.placement.cluster import port
+from tandem.placement.cluster.broadcast import Broadcasting, Reading
 from tandem.placement.cluster.engine_worker import Progress
 from tandem.placement.cluster.lost import WorkerLost
 from tandem.placement.cluster.parcel import Parcel
 
 log = logging.getLogger("tandem.engines")
 
+ROOM_S = 5.0
+"""An engine that is still being placed after so long may have no node that takes it."""
 LOOK_S = 0.2
 """Longest wait before signals and restarts are looked after again."""
 NEWS_S = 0.25
@@ -79,12 +83,14 @@ class Seat:
     number: int
     worker: port.Worker | None = None
     version: int | None = None
-    taking: tuple[port.Call, Parcel] | None = None
-    """Weights on their way to it."""
+    taking: tuple[port.Call, Parcel | None] | None = None
+    """Weights on their way to it; none while its engine is made."""
     work: Work | None = None
     losses: int = 0
     """In a row."""
     vacant_until: float = 0.0
+    said: bool = False
+    """That it waits for room."""
 
     def __str__(self) -> str:
         return f"engine {self.number}"
@@ -93,9 +99,15 @@ class Seat:
 class Engines:
     """Tokens in, tokens out, from the weights of `version`. One thread at a time uses it."""
 
-    def __init__(self, spawn: Callable[[int], port.Worker], placement: Placement) -> None:
-        """`spawn` starts the engine of a number."""
-        self._spawn, self.placement = spawn, placement
+    def __init__(
+        self,
+        spawn: Callable[[int], port.Worker],
+        has_room: Callable[[int], bool],
+        placement: Placement,
+        road: Reading | Broadcasting,
+    ) -> None:
+        """`spawn` starts the engine of a number, which waits for room where its node was lost and no other has any."""
+        self._spawn, self._has_room, self.placement, self._road = spawn, has_room, placement, road
         self.seats = [Seat(number) for number in range(placement.engines)]
         self.version = self._calls = 0
         self._parcel: Parcel | None = None
@@ -168,6 +180,10 @@ class Engines:
         """Weights are on their way to it, and it is not one that replaces another, which nobody waits for."""
         return seat.taking is not None and (seat.version is not None or not seat.losses)
 
+    def _pauses(self, seat: Seat) -> bool:
+        """It is at work with older weights, from which it will soon turn away."""
+        return seat.work is not None and seat.version != self.version
+
     def _ready(self, seat: Seat) -> bool:
         return seat.worker is not None and not seat.taking and seat.version == self.version
 
@@ -181,31 +197,65 @@ class Engines:
         for seat in self.seats:
             if seat.worker is None and time.monotonic() >= seat.vacant_until:
                 seat.worker, seat.version = self._spawn(seat.number), None
-            if seat.worker is None or seat.work is not None:
-                continue
-            if seat.taking:
+                seat.taking = (seat.worker.call("build"), None)
+            if seat.worker is not None and seat.taking and seat.work is None:
                 self._finish_taking(seat)
-            if seat.worker and not seat.taking and seat.version != self.version:
-                parcel = self._parcel
-                seat.taking = (seat.worker.call("update", parcel.offer, parcel.probe), parcel)
+        if self._road.waits(any(self._awaited(seat) or self._pauses(seat) for seat in self.seats)):
+            return
+        behind = [
+            s for s in self.seats if s.worker and not s.work and not s.taking and s.version != self.version
+        ]
+        offers = self._road.offers(self._parcel, [seat.worker for seat in behind if seat.worker])
+        for seat, offer in zip(behind, offers):
+            assert seat.worker
+            seat.taking = (seat.worker.call("update", offer, self._parcel.probe), self._parcel)
 
     def _finish_taking(self, seat: Seat) -> None:
         """Weights that have arrived are proved; those that take too long are lost with their engine."""
         assert seat.taking and seat.worker
         call, parcel = seat.taking
-        new = seat.version is None
-        limit = self.placement.start_timeout_s if new else self.placement.engine_timeout_s
-        if not call.done() and call.seconds < limit:
+        limit = self.placement.start_timeout_s if parcel is None else self.placement.engine_timeout_s
+        if not call.done() and (call.seconds < limit or self._waits_for_room(seat)):
+            self._say_if_it_waits(seat)
             return
         seat.taking = None
-        scores = self._result(seat, call)
+        try:
+            told = self._result(seat, call)
+        except RoadBroken as cause:
+            self._road.broke(cause)
+            return
         if seat.worker is None:
             return
-        if new:
-            seat.worker.place = seat.worker.call("place").result(self.placement.engine_timeout_s)
-        if scores:
+        if parcel is None:
+            seat.worker.place = told
+            return
+        if scores := told:
             parcel.check(str(seat.worker), scores)
         seat.version = parcel.offer.version
+
+    def _waits_for_room(self, seat: Seat) -> bool:
+        """An engine of a lost node has no other yet, and is not needed while others serve."""
+        if seat.version is not None or not seat.losses or self._has_room(seat.number):
+            return False
+        if not any(map(self._serves, self.seats)):
+            raise RunError(
+                f"no engine is left, and for {self.placement.start_timeout_s:g} s (placement.start_timeout_s) no node "
+                "of the cluster had room for another. The same command goes on from the last checkpoint"
+            )
+        return True
+
+    def _say_if_it_waits(self, seat: Seat) -> None:
+        assert seat.taking
+        alone = seat.version is None and seat.losses and not seat.said
+        if alone and seat.taking[0].seconds > ROOM_S and not self._has_room(seat.number):
+            seat.said = True
+            log.warning(
+                "%s waits for a node with room for it; the run goes on with %d of %d engines",
+                seat, sum(map(self._serves, self.seats)), len(self.seats),
+            )  # fmt: skip
+
+    def _serves(self, seat: Seat) -> bool:
+        return seat.version is not None
 
     def _hand_out(self, seat: Seat, job: Job) -> None:
         assert seat.worker
@@ -225,7 +275,7 @@ class Engines:
             if seat.worker is None:
                 job.put_back(work.indices)
                 return
-            seat.losses = 0
+            seat.losses, seat.said = 0, False
             for index, completion in zip(work.indices, answers):
                 job.tokens += len(completion.tokens) - len(job.requests[index].begun.tokens)
                 job.take(index, completion)
@@ -268,6 +318,7 @@ class Engines:
     def _lose(self, seat: Seat, lost: WorkerLost) -> None:
         """Vacate the seat for a while that doubles; too many losses in a row end the run."""
         assert seat.worker
+        self._road.part(seat.worker)
         seat.worker.kill()
         seat.worker, seat.version, seat.work, seat.taking = None, None, None, None
         seat.losses += 1

@@ -12,13 +12,15 @@ from tandem.config.run import Run
 from tandem.config.sections import Model
 from tandem.device import describe, pick
 from tandem.engine.probe import TOLERANCE, policy_logp, probe_tokens
-from tandem.engine.roads import FilesRoad
-from tandem.engine.weights import ModelWeights, TensorSpec, Weights, spec_of
+from tandem.engine.roads import FilesRoad, Meeting
+from tandem.engine.weights import ModelWeights, Offer, TensorSpec, Weights, spec_of
 from tandem.learner import Actor, Reference
 from tandem.model import load, tokenizer_of
 from tandem.model.compiled import compile_blocks
 from tandem.model.load import DTYPES
 from tandem.placement import ranks
+from tandem.placement.cluster import port
+from tandem.placement.cluster.broadcast import Sender
 from tandem.placement.cluster.objects import ObjectsRoad
 from tandem.placement.cluster.parcel import Parcel
 from tandem.placement.cluster.process import Process
@@ -81,9 +83,7 @@ class LearnerWorker(Process):
                 self.reference = ranks.build_reference(run, run.reference.layout, self.actor, folder)
         self.dtype = DTYPES[run.engine.dtype or run.model.dtype]
         self.weights = self._weights()
-        # As many as may be under way while the newest is made, and that of an engine that is started anew.
-        keep = run.sampling.max_lag + 2
-        self.road = ObjectsRoad() if root is None else FilesRoad(Path(root), keep)
+        self.road = self._sending_end(root)
         if self.rank == 0:
             self.road.close()  # Versions of an earlier run, which may have had higher numbers.
         return self._facts() if self.rank == 0 else None
@@ -123,6 +123,18 @@ class LearnerWorker(Process):
         tolerance = max(TOLERANCE[self.dtype], TOLERANCE[model.network.dtype])
         return Parcel(offer, probe, logp, tolerance)
 
+    @port.beside
+    def meet(self, number: int, size: int, timeout_s: float) -> Meeting:
+        """As `Sender.meet`."""
+        assert isinstance(self.road, Sender)
+        return self.road.meet(number, size, timeout_s)
+
+    @port.beside
+    def send(self, offer: Offer) -> None:
+        """As `Sender.send`, beside what this process computes."""
+        assert isinstance(self.road, Sender)
+        self.road.send(offer)
+
     def apply(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """`work(actor, reference, *arguments)` where these are."""
         return self._first(work(self.actor, self.reference, *arguments))
@@ -133,6 +145,13 @@ class LearnerWorker(Process):
 
     def _first(self, value: Any) -> Any:
         return value if self.rank == 0 else None
+
+    def _sending_end(self, root: str | None) -> FilesRoad | ObjectsRoad | Sender:
+        # As many as may be under way while the newest is made, and that of an engine that is started anew.
+        keep = self.run.sampling.max_lag + 2
+        if self.run.engine.transfer == "broadcast":
+            return Sender(port.own_address(), self.actor.model.device, keep)
+        return ObjectsRoad() if root is None else FilesRoad(Path(root), keep)
 
     def _weights(self) -> Weights:
         if self.world > 1:

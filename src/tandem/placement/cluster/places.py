@@ -6,6 +6,7 @@ from pathlib import Path
 from tandem.config.run import Run
 from tandem.errors import ConfigError
 from tandem.placement.cluster.ahead import Line
+from tandem.placement.cluster.broadcast import Broadcasting, Reading
 from tandem.placement.cluster.engine_worker import EngineWorker
 from tandem.placement.cluster.engines import Engines
 from tandem.placement.cluster.learner_worker import Facts, LearnerWorker
@@ -33,7 +34,10 @@ class Placed:
             cluster.reserve([self._learner] * placement.learners + [self._engine] * placement.engines)
         workers = [self._spawn_learner(rank) for rank in range(placement.learners)]
         self.learners = Learners(workers, run, self._learners_turn if self.shared else nothing)
-        self.engines = Engines(self._spawn_engine, placement)
+        road: Reading | Broadcasting = Reading()
+        if run.engine.transfer == "broadcast":
+            road = Broadcasting(workers[0], run.engine.tensor_parallel, placement)
+        self.engines = Engines(self._spawn_engine, self._has_room, placement, road)
 
     @property
     def shared(self) -> bool:
@@ -73,12 +77,17 @@ class Placed:
         return self.cluster.spawn(LearnerWorker, f"learner {rank}", rank, self._learner, 1, self.run, rank)
 
     def _spawn_engine(self, number: int) -> Worker:
-        bundle = number if self.shared else self.run.placement.learners + number
         adapter = self.run.model.lora is not None and self.run.placement.learners == 1
         # One thread works, the other says how far it is.
         return self.cluster.spawn(
-            EngineWorker, f"engine {number}", bundle, self._engine, 2, self.run, adapter
+            EngineWorker, f"engine {number}", self._bundle(number), self._engine, 2, self.run, adapter
         )
+
+    def _has_room(self, number: int) -> bool:
+        return self.cluster.has_room(self._bundle(number))
+
+    def _bundle(self, number: int) -> int:
+        return number if self.shared else self.run.placement.learners + number
 
 
 def needs(run: Run, gpus_there: float) -> tuple[Mapping[str, float], Mapping[str, float]]:

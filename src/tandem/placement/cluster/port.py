@@ -6,10 +6,12 @@ Imported only where a run is placed with Ray.
 import logging
 import os
 import secrets
+import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ray import (
     ObjectRef,
@@ -21,6 +23,7 @@ from ray import (
     init,
     is_initialized,
     kill,
+    method,
     put,
     remote,
     shutdown,
@@ -33,6 +36,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from tandem.config.placement import Placement
 from tandem.errors import ConfigError, DataError, RunError
 from tandem.placement.cluster.lost import WorkerLost
+
+T = TypeVar("T")
 
 STORE_BYTES = 200 << 20
 """Of a Ray that a run starts for itself: batches and answers pass through it, weights do not."""
@@ -48,6 +53,14 @@ LOST = (
     exceptions.OutOfMemoryError,
 )
 OWN = (ConfigError, DataError, RunError)
+
+
+BESIDE = "beside"
+
+
+def beside(work: Callable[..., T]) -> Callable[..., T]:
+    """A method of a role that does not wait for the one under way; those of this kind go one by one."""
+    return method(concurrency_group=BESIDE)(work)
 
 
 class Worker:
@@ -160,7 +173,14 @@ class Cluster:
     @property
     def nodes(self) -> int:
         """On which the reserved bundles lie."""
-        return len(set(placement_group_table(self._group)["bundles_to_node_id"].values()))
+        return len(set(self._bundles().values()))
+
+    def has_room(self, bundle: int) -> bool:
+        """Whether a bundle lies on a node; one of a lost node does again when another has room for it."""
+        return bool(self._bundles()[bundle])
+
+    def _bundles(self) -> Mapping[int, str]:
+        return placement_group_table(self._group)["bundles_to_node_id"]
 
     def spawn(
         self, role: type, name: str, bundle: int, need: Mapping[str, float], threads: int, *arguments: Any
@@ -169,7 +189,7 @@ class Cluster:
         that show in its first call."""
         log = self.logs / f"{name.replace(' ', '-')}.log"
         actor = (
-            remote(role)
+            remote(concurrency_groups={BESIDE: 1})(role)
             .options(
                 num_cpus=need["CPU"],
                 num_gpus=need["GPU"],
@@ -200,24 +220,30 @@ def join(placement: Placement, cpus: int) -> None:
         "logging_level": logging.ERROR,
         "configure_logging": False,
     }
-    try:
-        if placement.address is not None:
-            init(address=placement.address, **common)
-            return
+    if placement.address is not None:
+        where: dict[str, Any] = {"address": placement.address}
+    else:
         # More workers than cores are only slow, never impossible.
-        init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, cpus),
-            include_dashboard=False,
-            object_store_memory=STORE_BYTES,
-            _node_ip_address="127.0.0.1",
-            **common,
-        )
+        where = {
+            "address": "local",
+            "num_cpus": max(os.cpu_count() or 1, cpus),
+            "include_dashboard": False,
+            "object_store_memory": STORE_BYTES,
+            "_node_ip_address": "127.0.0.1",
+        }
+    # Ray ends the process at a signal; the run saves a checkpoint first.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        init(**where, **common)
     except (ConnectionError, exceptions.RayError, RuntimeError, ValueError, TimeoutError) as cause:
         raise ConfigError(
             f"placement.address={placement.address or 'null'}: Ray cannot be reached or started: {cause}. On every "
             "machine of a cluster, RAY_AUTH_MODE=token and the same token must be set; see docs/cluster.md"
         ) from cause
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def check_resources(bundles: Sequence[Mapping[str, float]]) -> None:

@@ -1,0 +1,70 @@
+"""vLLM in processes that Ray placed: every step's weights reach it and are proved, or the run stops and says why."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from copies import QUERY, flip
+from small_recipe import recipe
+from tandem.config import load
+from tandem.errors import RunError
+from tandem.journal import read_metrics
+from tandem.placement.cluster.engines import Engines
+from tandem.train.run import Launch, train
+
+pytestmark = pytest.mark.skipif(
+    find_spec("ray") is None or find_spec("vllm") is None, reason="Ray or vLLM is not installed"
+)
+
+ENGINE = {"kind": "vllm", "kv_cache_mb": 64, "eager": True, "max_model_len": 128, "max_num_seqs": 16}
+PLACED = {"cpus": 1, "start_timeout_s": 120, "engine_timeout_s": 60, "learner_timeout_s": 60}
+# On a CPU vLLM has no attention for heads narrower than these.
+WIDE_HEADS = {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "max_positions": 256}
+REWARD = Path(__file__).parents[1] / "benchmarks" / "reward.py"
+
+
+def run_in(folder: Path, **changes) -> list[dict]:
+    path = recipe(
+        folder,
+        steps=3,
+        model={"new": WIDE_HEADS},
+        reward={"functions": [{"name": f"{REWARD}:scrambled"}]},
+        learner={"optimizer": {"lr": 3e-3}},
+        eval={"every": None},
+        journal={"samples": 0, "sinks": ["jsonl"]},
+        **changes,
+    )
+    train(load(path), Launch(recipe=str(path)))
+    return read_metrics(folder / "run" / "metrics.jsonl")
+
+
+def test_apart_every_step_samples_from_the_weights_of_the_step_before(tmp_path):
+    """They come by broadcast, into vLLM's own interface for them."""
+    engine = {**ENGINE, "transfer": "broadcast"}
+    rows = run_in(tmp_path, engine=engine, placement={"kind": "apart", **PLACED})
+    # The rate is high: answers of an older version would be off by far more.
+    assert all(row["rollout/logp_gap_max"] < 1e-4 for row in rows)
+    assert [row["version"] for row in rows] == [1, 2, 3]
+    assert all(row["actor/updates"] == 1 for row in rows)
+
+
+def test_colocated_a_flipped_byte_on_the_way_stops_the_run_with_the_tensors_name(tmp_path, monkeypatch):
+    """The bytes are those that lie in shared memory between the two processes."""
+    update = Engines.update
+
+    def flipped(self, parcel):
+        if parcel.offer.version == 2:
+            (file,) = Path(parcel.offer.place).glob("*.safetensors")
+            flip(file.parent, load_file(file)[QUERY])
+        update(self, parcel)
+
+    monkeypatch.setattr(Engines, "update", flipped)
+    with pytest.raises(
+        RunError, match=rf"engine 0 \(node .*: weights of version 2 by road files: tensor {QUERY} changed"
+    ):
+        run_in(tmp_path, engine={**ENGINE, "sleep": True}, placement={"kind": "colocated", **PLACED})
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["version"] for row in rows] == [1, 2], "the weights before came whole"
+    assert all(row["rollout/logp_gap_max"] < 1e-4 for row in rows)
