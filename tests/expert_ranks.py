@@ -1,8 +1,10 @@
 """What the processes that split a mixture's experts are asked in a test."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from parallel_ranks import CPU, Case, go_on, save_and_go_on, single, spread, update
@@ -29,20 +31,25 @@ FAMILIES = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
 class Mixture(Case):
-    """With adapters on attention only."""
+    """`targets` of the adapter, where there is one."""
+
+    targets: list[str] | str = field(default_factory=lambda: ["q_proj", "v_proj"])
 
     def model(self, folder: Path) -> Model:
         made = super().model(folder)
         if made.lora is None:
             return made
-        return made.model_copy(
-            update={"lora": made.lora.model_copy(update={"targets": ["q_proj", "v_proj"]})}
-        )
+        return made.model_copy(update={"lora": made.lora.model_copy(update={"targets": self.targets})})
 
 
 def case(layout: dict[str, object], family: str = "qwen3_moe", **keys: object) -> Case:
     return Mixture(layout=layout, family=family, **keys)
+
+
+EVERYWHERE = {"lora": True, "targets": "all-linear"}
+"""Adapters on attention, experts and routers."""
 
 
 CASES = {
@@ -53,6 +60,12 @@ CASES = {
         "expert x context": case({"expert": 4, "context": 2}),
         "expert x pipeline": case({"expert": 2, "pipeline": 2}),
         "expert x shard lora": case({"expert": 2}, lora=True),
+        "expert x tensor": case({"expert": 2, "tensor": 2}),
+        "shared expert x tensor": case({"expert": 2, "tensor": 2}, "qwen2_moe"),
+        "expert x tensor lora": case({"expert": 2, "tensor": 2}, lora=True),
+        "adapted experts of 4": case({"expert": 4}, **EVERYWHERE),
+        "adapted experts x shard": case({"expert": 2}, **EVERYWHERE),
+        "adapted experts x tensor": case({"expert": 2, "tensor": 2}, **EVERYWHERE),
         "few visitors": case({"expert": 4}, "one choice", learner={"tokens_per_forward": 1}),
     },
     2: {
@@ -61,10 +74,20 @@ CASES = {
         "shard": case({}),
         "pipeline": case({"pipeline": 2}),
         "expert lora": case({"expert": 2}, lora=True),
+        "sequence": case({"tensor": 2}),
+        "tensor, shared expert": case({"tensor": 2, "sequence": False}, "qwen2_moe"),
+        "adapted experts": case({"expert": 2}, **EVERYWHERE),
+        "adapted experts, sharded": case({}, **EVERYWHERE),
+        "adapted down, recomputed": case(
+            {"expert": 2}, lora=True, targets=["down_proj"], learner={"checkpointing": True}
+        ),
         "expert, recomputed": case({"expert": 2}, learner={"checkpointing": True}),
         "expert, one row": case({"expert": 2}, rows=1),
     },
 }
+
+
+SAVED = {"saved": {}, "saved adapter": EVERYWHERE}
 
 
 def everything(rank: int, world: int, address: str, place: str) -> None:
@@ -75,13 +98,16 @@ def everything(rank: int, world: int, address: str, place: str) -> None:
         update(made, folder, folder / f"{world} {name}", rank)
     if world == 4:
         nobody_comes(folder)
-        save_and_go_on(case({"expert": 2}), folder, folder / "saved", rank)
+        for name, keys in SAVED.items():
+            save_and_go_on(case({"expert": 2}, **keys), folder, folder / name, rank)
         return
-    go_on(case({"expert": 2}), folder, folder / "saved", "expert", rank)
-    go_on(case({}), folder, folder / "saved", "shard", rank)
+    for name, keys in SAVED.items():
+        go_on(case({"expert": 2}, **keys), folder, folder / name, "expert", rank)
+        go_on(case({}, **keys), folder, folder / name, "shard", rank)
     reference_in_another_layout(folder)
     actor = spread(case({"expert": 2}), folder)
     actor.model.save_merged(folder / "export")
+    keep_an_adapter(folder)
 
 
 def nobody_comes(folder: Path) -> None:
@@ -106,3 +132,20 @@ def reference_in_another_layout(folder: Path) -> None:
     assert torch.allclose(reference.logprobs(part), start_BT, atol=1e-5)
     reference.refresh(actor)
     assert torch.allclose(reference.logprobs(part), actor.logprobs(part), atol=1e-5)
+
+
+def keep_an_adapter(folder: Path) -> None:
+    """As PEFT has it, and merged; beside them what the model says of the experience, and without it."""
+    made = case({"expert": 2}, **EVERYWHERE)
+    _, part = single(made, folder)
+    actor = spread(made, folder)
+    start_BT = actor.logprobs(part)
+    actor.update([part, part], 0.05)
+    actor.model.save(folder / "kept adapter")
+    actor.model.save_merged(folder / "merged adapter")
+    logp_BT = actor.logprobs(part)
+    assert not torch.allclose(logp_BT, start_BT, atol=1e-3)
+    with actor.model.base():
+        assert torch.allclose(actor.logprobs(part), start_BT, atol=1e-5)
+    if torch.distributed.get_rank() == 0:
+        save_file({"logp_BT": logp_BT}, folder / "kept adapter.safetensors")

@@ -19,6 +19,7 @@ from tandem.model import token_logprobs, tokenizer_of
 from tandem.model.new import new_tokenizer
 from tandem.train import footprint
 from tandem.train.check import LOOKS, check
+from tandem.train.plan.axes import Axes
 from tandem.train.run import train
 from tiny_models import language_model
 
@@ -175,6 +176,47 @@ def test_a_model_without_its_weights_that_would_not_fit_is_found_from_its_config
     (folder / "model-1.safetensors").touch()
     found = findings(recipe(tmp_path, model={"new": None, "path": str(folder)}))
     assert "lacks model-2.safetensors;" in only(found, "problem")["model"]
+
+
+MANY = ["placement.kind=apart", "placement.learners=4", "placement.engines=2"]
+
+
+def test_layouts_are_held_against_the_model_and_nothing_is_loaded(tmp_path):
+    """Of a folder whose weights are an empty file."""
+    language_model("qwen2_grouped").save(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    path = recipe(
+        tmp_path, model={"new": None, "path": str(tmp_path / "model")}, algorithm={"kl": {"coef": 0.1}}
+    )
+    found = findings(path, *MANY, "learner.layout.context=2", "reference.layout.shard=4")
+    assert found["layout"][0][0] == found["memory"][0][0] == "ok"
+    assert "on 4 learners: shard=2 context=2; reference.layout: shard=4" in found["layout"][0][1]
+    assert "no weight loaded" in found["layout"][0][1]
+    assert "4 learners of" in found["memory"][0][1] and "2 engines of" in found["memory"][0][1]
+    wrong = findings(path, *MANY, "learner.layout.tensor=4")
+    assert "learner.layout.tensor=4 does not divide" in only(wrong, "problem")["layout"]
+    assert findings(recipe(tmp_path))["layout"][0][1].startswith("one learner")
+
+
+def test_a_layout_for_another_number_of_learners_is_a_problem(tmp_path):
+    path = recipe(tmp_path, algorithm={"kl": {"coef": 0.1}})
+    for role in ("learner", "reference"):
+        found = findings(path, *MANY, f"{role}.layout.shard=3")
+        problem = only(found, "problem")["layout"]
+        assert f"{role}.layout: " in problem and "does not give 4 processes" in problem
+        assert only(found, "warning")["memory"] == "not checked: layout has a problem"
+
+
+def test_the_memory_of_a_learner_is_that_of_its_part(tmp_path):
+    path = recipe(tmp_path, algorithm={"kl": {"coef": 0.1}})
+    alone, many = (load(path, keys) for keys in ([], MANY))
+    shape = footprint.shape_of(alone.model, tokenizer_of(alone.model))
+    whole = footprint.memory(alone, shape, 24, shape)
+    part = footprint.memory(many, shape, 24, shape, Axes(shard=4), Axes(shard=2, tensor=2))
+    for what in ("weights", "optimizer", "reference"):
+        assert part.lasting[what] == pytest.approx(whole.lasting[what] / 4, abs=8)
+    assert part.sampling["engine's weights"] == whole.lasting["weights"]
+    assert "engine's weights" not in whole.sampling
 
 
 def test_a_folder_with_another_run_is_a_problem_and_ones_own_goes_on(tmp_path, quiet):

@@ -7,18 +7,20 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from expert_ranks import CASES, FAMILIES, everything
-from parallel_ranks import launch, single, weights_of
+from expert_ranks import CASES, FAMILIES, SAVED, everything
+from parallel_ranks import CPU, launch, single, weights_of
 from tandem.checkpoint.sharded import export_sharded
 from tandem.config.layout import Layout
 from tandem.engine.weights import named_tensors
 from tandem.errors import ConfigError, RunError
-from tandem.model import LanguageModel
+from tandem.learner import Actor
+from tandem.model import LanguageModel, load
 from tandem.model.mixture import apart
 from tandem.model.new import new_tokenizer
 from tandem.model.parallel.fit import check_fit
-from tiny_models import network, randomized
+from tiny_models import SHAPE, network, randomized
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,8 @@ def test_experts_elsewhere_do_what_experts_here_do(place, world, name):
     weights = weights_of(actor)
     moved = {n: float((weights[n] - start[n]).abs().max()) for n in weights}
     assert max(moved.values()) > 2e-3
-    assert made.lora or max(size for n, size in moved.items() if ".experts." in n) > 2e-3
+    on_experts = not made.lora or "down_proj" in made.targets or made.targets == "all-linear"
+    assert not on_experts or max(size for n, size in moved.items() if ".experts." in n) > 2e-3
     theirs = load_file(place / f"{world} {name}.safetensors")
     torch.testing.assert_close(theirs.pop("logp_BT"), logp_BT, atol=1e-5, rtol=1e-5)
     assert theirs.keys() == weights.keys()
@@ -58,13 +61,34 @@ def test_experts_elsewhere_do_what_experts_here_do(place, world, name):
         assert value == pytest.approx(figures[key], rel=close, abs=1e-5), key
 
 
+@pytest.mark.parametrize("saved", SAVED)
 @pytest.mark.parametrize("layout", ["expert", "shard"])
-def test_a_checkpoint_goes_on_with_the_experts_elsewhere(place, layout):
-    later = load_file(place / "saved later.safetensors")
-    found = load_file(place / f"saved {layout}.safetensors")
+def test_a_checkpoint_goes_on_with_the_experts_elsewhere(place, layout, saved):
+    later = load_file(place / f"{saved} later.safetensors")
+    found = load_file(place / f"{saved} {layout}.safetensors")
     assert found.keys() == later.keys()
     for key, weight in found.items():
         torch.testing.assert_close(weight, later[key], atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_on_experts_are_saved_as_one_process_has_them(place):
+    made = CASES[2]["adapted experts"]
+    actor, part = single(made, place)
+    said_BT = load_file(place / "kept adapter.safetensors")["logp_BT"]
+    assert not torch.allclose(actor.logprobs(part), said_BT, atol=1e-3)
+    exported = export_sharded(place / "saved adapter", place / "from saved adapter")
+    both = [load_file(folder / "adapter_model.safetensors") for folder in (place / "kept adapter", exported)]
+    assert both[0].keys() == both[1].keys()
+    for key in both[0]:
+        torch.testing.assert_close(both[0][key], both[1][key], atol=1e-5, rtol=1e-5)
+    model = made.model(place)
+    again = load(model, new_tokenizer(), CPU, resume=place / "kept adapter")
+    merged = load(
+        model.model_copy(update={"path": str(place / "merged adapter"), "lora": None}), new_tokenizer(), CPU
+    )
+    for other in (again, merged):
+        found_BT = Actor(other, made.run(place)).logprobs(part)
+        torch.testing.assert_close(found_BT, said_BT, atol=1e-5, rtol=1e-5)
 
 
 def test_folders_have_the_experts_apart(place):
@@ -116,8 +140,59 @@ def test_experts_that_cannot_be_split_are_refused_before_anything_is_loaded(keys
         check_fit(Layout.model_validate(keys), made.config, keys.get("shard", 2), "learner.layout")
 
 
-def test_an_adapter_on_experts_is_not_left_out_of_whole_weights_unsaid():
-    on_experts = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
-    model = LanguageModel(get_peft_model(FAMILIES["qwen3_moe"](), on_experts), new_tokenizer(), "mixture")
-    with pytest.raises(RunError, match=r"model.lora.targets: .*experts"):
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
+        {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
+        {"target_modules": "all-linear"},
+    ],
+    ids=str,
+)
+def test_whole_weights_of_one_process_have_adapters_on_experts_merged(tmp_path, keys):
+    made = get_peft_model(randomized(FAMILIES["qwen3_moe"]()), LoraConfig(r=2, lora_alpha=6, **keys))
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            if ".lora_" in name:
+                weight.normal_(0.0, 0.3)
+    model = LanguageModel(made, new_tokenizer(), "mixture")
+    plain = dict(LanguageModel(FAMILIES["qwen3_moe"](), new_tokenizer(), "plain").weights())
+    found = dict(model.weights())
+    assert found.keys() == plain.keys()
+    before = {name: made.get_parameter(name).detach().clone() for name, _ in made.named_parameters()}
+    model.save_merged(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    made.merge_adapter()
+    merged = {
+        view: part
+        for name, weight in made.named_parameters()
+        if ".lora_" not in name
+        for view, part in apart(model.hf_name(name), weight.detach())
+    }
+    assert found.keys() == merged.keys() == saved.keys()
+    for name, weight in merged.items():
+        torch.testing.assert_close(found[name], weight, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(saved[name], weight, atol=1e-6, rtol=1e-6)
+    changed = sum(not torch.equal(before[n], w) for n, w in made.named_parameters() if ".experts." in n)
+    assert changed == 2 * (1 if "target_parameters" in keys else 2)
+
+
+def mixtral() -> PreTrainedModel:
+    config = MixtralConfig(**SHAPE, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    return MixtralForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "keys", "said"),
+    [
+        (mixtral, {"target_parameters": ["mlp.experts.down_proj"]}, "experts"),
+        (lambda: network("llama"), {"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens"),
+        # One weight with the embedding.
+        (lambda: network("qwen2_tied"), {"target_modules": ["lm_head"]}, "lm_head"),
+    ],
+    ids=["experts of others", "embedding", "tied head"],
+)
+def test_an_adapter_that_cannot_be_merged_is_refused_by_its_name(make, keys, said):
+    model = LanguageModel(get_peft_model(make(), LoraConfig(r=2, **keys)), new_tokenizer(), "adapted")
+    with pytest.raises(RunError, match=rf"model.lora.targets: .*{said}"):
         list(model.weights())

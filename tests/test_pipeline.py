@@ -160,7 +160,7 @@ def test_a_model_of_another_make_is_refused():
     [
         ({"pipeline": 2, "pipeline_layers": [1, 1, 1]}, "has 3 numbers; give 2"),
         ({"pipeline_chunks": 2}, "need pipeline > 1"),
-        ({"expert": 2, "tensor": 2}, "expert=2 needs tensor=1"),
+        ({"expert": 2, "tensor": 2, "sequence": False}, "expert=2 with tensor=2 needs sequence=true"),
     ],
     ids=str,
 )

@@ -1,8 +1,10 @@
 """The plan counts what is really computed and held, allows what the trainer allows, and is quick for thousands."""
 
 import json
+import math
 import time
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -18,12 +20,14 @@ from tandem.config import Run, load
 from tandem.config.layout import Layout
 from tandem.config.sections import Model
 from tandem.engine import EmbeddedEngine, Request, SamplingParams, embedded
+from tandem.engine.cache import Room
 from tandem.errors import ConfigError
 from tandem.learner import Actor
 from tandem.model import LanguageModel, token_logprobs, tokenizer_of
 from tandem.model import load as load_model
 from tandem.model.new import new_tokenizer
 from tandem.model.parallel.fit import check_fit
+from tandem.model.parallel.schedule import Schedule
 from tandem.train import footprint
 from tandem.train.plan import work
 from tandem.train.plan.axes import ALONE, Axes, Rules, layouts
@@ -108,10 +112,12 @@ def test_operations_are_those_that_are_counted_while_a_model_computes(tmp_path, 
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
         logp_BT = logprobs()
     once = work.forward(shape, tokens)
-    assert counted.get_total_flops() == once.total
+    # Some versions of Transformers make the angles of the positions by a product, which is no part of the formula.
+    assert counted.get_total_flops() == pytest.approx(once.total, rel=1e-3)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
         logprobs().sum().backward()
-    assert counted.get_total_flops() == work.update(run, shape, tokens).products + 3 * once.attention
+    updated = work.update(run, shape, tokens).products + 3 * once.attention
+    assert counted.get_total_flops() == pytest.approx(updated, rel=1e-3)
     assert logp_BT.shape == mask_BT.shape
 
 
@@ -145,23 +151,73 @@ def test_a_share_has_the_tokens_that_the_learner_computes(tmp_path):
     assert work.share(small, lengths, 1).forwards == 8
 
 
-def test_the_engines_cache_is_what_it_allocates(tmp_path, monkeypatch):
-    run = load(recipe(tmp_path), ["data.max_prompt_tokens=20", "sampling.slots=8"])
-    model, made = load_model(run.model, tokenizer_of(run.model), torch.device("cpu")), []
+ASKED = {
+    "as many slots as answers": ["data.eval=null", "sampling.slots=16"],
+    "answers wait": ["data.eval=null", "sampling.slots=3"],
+    "evaluations have more prompts": ["sampling.slots=12"],
+    "evaluations have more answers": ["sampling.slots=64", "eval.questions=5", "eval.answers=9"],
+}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("asked", ASKED)
+def test_the_engines_cache_is_what_it_allocates(tmp_path, monkeypatch, asked, count):
+    """The tensors of the cache that serves both a step and an evaluation, of the busiest of `count` engines."""
+    shares = pytest.importorskip("tandem.placement.cluster.engines", exc_type=ImportError).shares
+    run = load(recipe(tmp_path), ["data.max_prompt_tokens=20", *ASKED[asked]])
+    model, rooms = load_model(run.model, tokenizer_of(run.model), torch.device("cpu")), []
 
     class Watched(embedded.Slots):
         def __init__(self, *arguments) -> None:
             super().__init__(*arguments)
-            made.append(sum(t.nbytes for t in self.caches))
+            rooms.append(self.room)
 
     monkeypatch.setattr(embedded, "Slots", Watched)
-    prompts = [tuple(range(i, i + 20)) for i in range(4)]
-    requests = [Request(tokens=p, key=k) for p in prompts for k in range(4)]
-    EmbeddedEngine(model, 8).generate(requests, SamplingParams(max_tokens=12))
-    found = planned(run, "h200", 1).offers[0].engine
-    assert found.slots == 8
-    # The engine has a lane for each prompt of the step, the plan only for those in flight.
-    assert 0.6 < found.cache / made[0] <= 1.0
+    evaluated = [(run.eval.questions, run.eval.answers), (run.eval.questions, 1)] if run.data.eval else []
+    for questions, answers in [(4, 4), *evaluated]:
+        prompts = [tuple(range(i, i + 20)) for i in range(questions)]
+        requests = [Request(tokens=p, key=k) for p in prompts for k in range(answers)]
+        for mine in shares(requests, count):
+            some = [requests[i] for i in mine]
+            EmbeddedEngine(model, run.sampling.slots).generate(some, SamplingParams(max_tokens=12))
+    room = reduce(Room.joined, rooms)
+    allocated = sum(t.nbytes for t in embedded.cache(room, model).caches)
+    shape, lengths = footprint.shape_of(run.model, None), lengths_of(run, None, None)
+    here = links(assumed(find("h200"), "fp32"), count, 8)
+    found = engines(
+        run,
+        shape,
+        lengths,
+        assumed(find("h200"), "fp32"),
+        here,
+        Rules(model.network.config, 0, 8),
+        1e9,
+        whole=True,
+        apart=False,
+    )
+    engine = next(found)
+    assert engine.slots == room.slots
+    assert engine.cache == allocated
+
+
+def test_where_memory_is_short_the_cache_has_the_slots_that_the_engine_takes(tmp_path, monkeypatch):
+    run = load(recipe(tmp_path), ["data.eval=null", "data.max_prompt_tokens=20"])
+    model = load_model(run.model, tokenizer_of(run.model), torch.device("cpu"))
+    requests = [Request(tokens=tuple(range(i, i + 20)), key=k) for i in range(4) for k in range(4)]
+    shape, lengths = footprint.shape_of(run.model, None), lengths_of(run, None, None)
+    rates = assumed(find("h200"), "fp32")
+    token, rules = shape.key_value * 4, Rules(model.network.config, 0, 8)
+    for answers in (1.5, 5.5, 9.0):
+        free = answers * (32 * token + footprint.drawing(run, shape))
+        engine = next(
+            engines(run, shape, lengths, rates, links(rates, 1, 1), rules, free, whole=True, apart=False)
+        )
+        assert engine.slots == int(answers)
+        # As if the logits had been there already.
+        monkeypatch.setattr(embedded, "free_bytes", lambda _, answers=answers: answers * 32 * token / 0.8 + 1)
+        room = embedded.room_for(requests, SamplingParams(max_tokens=12), 64, model)
+        assert room.slots == engine.slots
+        assert sum(t.nbytes for t in embedded.cache(room, model).caches) == engine.cache
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +265,9 @@ def test_the_sizes_of_a_mixture_are_read_from_its_config(tmp_path):
     both = Axes(shard=8, expert=4)
     assert footprint.held(shape, both)[0] == pytest.approx(shape.parameters / 8, abs=1)
     assert footprint.gathered(shape, both, 2) < footprint.gathered(shape, Axes(shard=8), 2)
+    # A tensor group's processes have the same experts.
+    split = Axes(shard=4, tensor=2, expert=2)
+    assert footprint.held(shape, split)[0] == math.ceil(((shape.parameters - experts) / 2 + experts) / 4)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +298,91 @@ def test_the_estimate_of_a_mixtures_activations_is_near_what_the_backward_pass_k
     measured_bytes = sum(size for place, size in kept.items() if place not in weights)
     estimate = 8 * 64 * shape.layers * shape.activations * 4
     assert 0.9 < estimate / measured_bytes < 1.1, (measured_bytes, estimate)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize(
+    ("ranks", "chunks", "parts"), [(2, 1, 8), (4, 1, 3), (2, 2, 8), (4, 2, 16), (4, 4, 2), (4, 2, 6)]
+)
+def test_a_pipeline_keeps_and_waits_as_its_schedule_says(tmp_path, schedule, ranks, chunks, parts):
+    """Passes that the first process has not gone back through, and ticks in which a process has nothing to do."""
+    played = Schedule(kind=schedule, ranks=ranks, chunks=chunks).ticks(parts, train=True)
+    held = most = 0
+    for tick in played:
+        if tick[0] is not None:
+            held += -1 if tick[0].backward else 1
+        most = max(most, held)
+    run = large(tmp_path, "dense", f"learner.layout.pipeline_schedule={schedule}")
+    axes = Axes(pipeline=ranks, pipeline_chunks=chunks)
+    shape = footprint.shape_of(run.model, None)
+    layers = 80 / (ranks * chunks)
+    assert footprint.kept_layers(schedule, shape, axes, parts) == pytest.approx(most * layers, rel=0.15)
+    waiting = len(played) / (2 * parts * chunks) - 1
+    made = trainer(run, axes, ranks)
+    tokens = replace(work.share(run, made.lengths, 1), forwards=parts)
+    bubble = made._pass(tokens, 1.0, 3, gathers=0).bubble
+    alone = made._pass(replace(tokens, line=0.0), 1.0, 3, gathers=0).bubble
+    assert bubble >= alone
+    # Going back as soon as it can, a process fills a part of the gap behind an incomplete round.
+    assert waiting - 1e-9 <= alone <= 1.3 * waiting
+
+
+def test_uneven_stages_cost_what_the_fullest_process_has(tmp_path):
+    run = large(tmp_path, "dense")
+    shape = footprint.shape_of(run.model, None)
+    even, uneven = Axes(pipeline=2), Axes(pipeline=2, pipeline_chunks=2, pipeline_layers=(30, 20, 20, 10))
+    assert (even.layers(80), uneven.layers(80)) == (40, 50)
+    layer = (shape.parameters - shape.embedding - shape.head) / 80
+    assert footprint.held(shape, uneven)[0] - footprint.held(shape, even)[0] == pytest.approx(10 * layer)
+    slower = trainer(run, uneven, 2).update().products / trainer(run, even, 2).update().products
+    assert slower == pytest.approx(50 / 40)
+    layout = Layout(pipeline=2, pipeline_chunks=2, pipeline_layers=[30, 20, 20, 10], tensor=2)
+    assert Axes.of(layout, 8) == replace(uneven, tensor=2, shard=2)
+
+
+def test_a_reference_lies_as_its_own_layout_says(tmp_path):
+    """On 8 learners in every layout; with as many shards the reference takes an eighth, and as a pipeline it waits."""
+    pulled = "algorithm.kl.coef=0.1"
+    made = {}
+    for name, keys in {"shard": [], "pipeline": ["reference.layout.pipeline=8"]}.items():
+        offers = planned(large(tmp_path, "dense", pulled, *keys), "b200", 8, top=10**6).offers
+        made[name] = {(str(o.axes), o.offloaded): o for o in offers if not o.samplers}
+    both = made["shard"].keys() & made["pipeline"].keys()
+    assert both
+    shape = footprint.shape_of(large(tmp_path, "dense").model, None)
+    for key in both:
+        sharded, staged = made["shard"][key], made["pipeline"][key]
+        where = "host" if "parameters" in sharded.offloaded else "lasting"
+        held = sharded.memory.host if where == "host" else sharded.memory.lasting
+        assert held["reference"] == pytest.approx(2 * shape.parameters / 8, rel=0.01)
+        assert sharded.seconds["reference"] != staged.seconds["reference"]
+        assert sharded.seconds["update"] == staged.seconds["update"]
+    said = text(planned(large(tmp_path, "dense", pulled, "reference.layout.tensor=8"), "b200", 8))
+    assert "the reference lies as reference.layout says: tensor=8" in said
+    refused = planned(large(tmp_path, "dense", pulled, "reference.layout.shard=3"), "b200", 8).refused
+    assert any("shard=3" in reason for reason in refused)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["learner.layout.tensor=3", "placement.learners=3"], "learner.layout.tensor=3 does not divide"),
+        (["learner.layout.shard=3"], "learner.layout: .* does not give 2 processes"),
+        (["algorithm.kl.coef=0.1", "reference.layout.expert=2"], "reference.layout.expert=2: the model"),
+        (
+            ["learner.layout.tensor=2", "model.lora={dropout: 0.1}"],
+            "model.lora.dropout=0.1 needs learner.layout.tensor=1",
+        ),
+        (
+            ["learner.layout.tensor=2", "model.lora={targets: [lm_head]}"],
+            "leave lm_head out of model.lora.targets",
+        ),
+    ],
+)
+def test_a_recipes_layout_that_does_not_fit_its_model_ends_the_plan(tmp_path, keys, said):
+    run = large(tmp_path, "dense", "placement.kind=apart", "placement.learners=2", *keys)
+    with pytest.raises(ConfigError, match=said):
+        planned(run, "h200", 8)
 
 
 @pytest.mark.parametrize("world", [8, 12])
@@ -330,6 +474,7 @@ def trainer(run: Run, axes: Axes, count: int, per_node: int = 8) -> Trainer:
         axes=axes,
         rates=rates,
         links=links(rates, count, per_node),
+        offloads=False,
     )
 
 
@@ -403,36 +548,37 @@ def test_lengths_beyond_the_recipe_or_the_model_are_told(tmp_path):
         planned(load(recipe(tmp_path), ["data.max_prompt_tokens=120"]), "h200", 1)
 
 
-@pytest.mark.slow
 def test_the_times_of_a_step_on_this_machine_are_near_those_expected(tmp_path):
-    """Medians, and the best of three tries, each with rates taken right before: other work on the machine disturbs."""
+    """Medians, in the best of a few tries, each with rates taken right before: other work on the machine disturbs."""
     changes = {
         "model": {"new": {"hidden_size": 256, "layers": 4, "heads": 4, "kv_heads": 2, "max_positions": 256}},
-        "sampling": {"prompts_per_step": 8, "answers_per_prompt": 8, "max_answer_tokens": 64},
-        "data": {"max_prompt_tokens": 48},
+        "sampling": {"prompts_per_step": 4, "answers_per_prompt": 8, "max_answer_tokens": 64},
+        "data": {"max_prompt_tokens": 48, "eval": None},
+        "algorithm": {"kl": {"coef": 0.1}},
         "learner": {"tokens_per_forward": 2560},
     }
-    path = recipe(tmp_path, **changes)
-    run, tokenizer = load(path), new_tokenizer()
+    run, tokenizer = load(recipe(tmp_path, **changes)), new_tokenizer()
     model = load_model(run.model, tokenizer, torch.device("cpu"))
-    prompts = [tuple(range(i, i + 48)) for i in range(8)]
+    prompts = [tuple(range(i, i + 48)) for i in range(4)]
     requests = [Request(tokens=p, key=8 * i + k) for i, p in enumerate(prompts) for k in range(8)]
     params = SamplingParams(max_tokens=64, min_tokens=64)
     engine = EmbeddedEngine(model, run.sampling.slots, run.learner.tokens_per_forward)
     actor, part = Actor(model, run), full_step(prompts, 8, 64)
-    lengths = lengths_of(run, None, None)
-    tries = []
-    for _ in range(3):
+    phases = {
+        "rollout": lambda: engine.generate(requests, params),
+        "reference": lambda: actor.logprobs(part),
+        "update": lambda: actor.update([part], 0.0),
+    }
+    lengths, tries = lengths_of(run, None, None), []
+    for _ in range(5):
         rates = measured(run, lengths)
-        seconds = (
+        expected = (
             plan(run, rates, count=1, per_node=1, lengths=lengths, top=1, offload=False).offers[0].seconds
         )
-        rollout = typical(lambda: engine.generate(requests, params))
-        update = typical(lambda: actor.update([part], 0.0))
-        tries.append((seconds["rollout"] / rollout, seconds["update"] / update))
-        if all(0.8 < ratio < 1.2 for ratio in tries[-1]):
+        tries.append({name: expected[name] / typical(act) for name, act in phases.items()})
+        if all(0.8 < ratio < 1.2 for ratio in tries[-1].values()):
             return
-    raise AssertionError(f"expected over measured seconds of rollout and update: {tries}")
+    raise AssertionError(f"expected over measured seconds: {tries}")
 
 
 def full_step(prompts: list[tuple[int, ...]], answers: int, length: int) -> Experience:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 
 from tandem.checkpoint.export import export
 from tandem.checkpoint.jsonfile import read_json, write_json
-from tandem.model.mixture import apart
+from tandem.model.mixture import apart, as_saved
 from tandem.model.parallel.folder import ADAPTER, adapter_key, write_settings, write_weights
 from tandem.model.parallel.load import Target, read, read_alone
 from tandem.model.parallel.mesh import local
@@ -76,7 +76,7 @@ def export_sharded(folder: Path, target: Path) -> Path:
     def write(place: Path) -> None:
         shutil.copytree(folder / SETTINGS, place, dirs_exist_ok=True)
         adapter = (place / "adapter_config.json").is_file()
-        whole = _whole(folder / WEIGHTS)
+        whole = ((name, as_saved(name, weight)) for name, weight in _whole(folder / WEIGHTS))
         write_weights(place, (view for name, weight in whole for view in apart(name, weight)))
         if adapter:
             (place / "config.json").unlink()

@@ -27,7 +27,8 @@ class Layout(Section):
     it must divide the attention heads."""
     expert: int = Field(1, gt=0)
     """Of a mixture of experts: of the processes that `shard` x `context` gives, how many neighbours split the experts
-    among them and send each other the tokens that belong there. Must divide their number and that of the experts."""
+    among them and send each other the tokens that belong there. Must divide their number and that of the experts.
+    With `tensor` each process of a tensor group has the same experts, for its own part of the tokens."""
     pipeline: int = Field(1, gt=0)
     """Groups of processes that hold the model's layers in turn and pass on what they make of a micro-batch; all other
     axes are within such a group. More micro-batches (`tokens_per_forward` smaller) leave fewer processes waiting."""
@@ -68,8 +69,11 @@ class Layout(Section):
 
     @model_validator(mode="after")
     def _axes_agree(self) -> "Layout":
-        if self.expert > 1 and self.tensor > 1:
-            raise ValueError(f"expert={self.expert} needs tensor=1: experts are not split in both ways")
+        if self.expert > 1 and self.tensor > 1 and not self.sequence:
+            raise ValueError(
+                f"expert={self.expert} with tensor={self.tensor} needs sequence=true: each process sends the tokens "
+                "that lie with it to the experts"
+            )
         if self.pipeline == 1 and (self.pipeline_chunks > 1 or self.pipeline_layers):
             raise ValueError("pipeline_chunks and pipeline_layers need pipeline > 1")
         stages = self.pipeline * self.pipeline_chunks

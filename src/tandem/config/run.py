@@ -147,6 +147,11 @@ class Run(Section):
                 "new weights can only reach answers in the making where training goes on beside them; it needs "
                 "placement.kind=apart and sampling.max_lag of at least 1"
             )
+        if self.learner.compile and self.placement.learners > 1:
+            raise ValueError(
+                f"learner.compile=true needs placement.learners=1, not {self.placement.learners}: the layers of a "
+                "model that lies on several processes are not compiled; set it to false"
+            )
         if self.placement.kind != "inline" and self.profile:
             raise ValueError("profile=true traces this process; it needs placement.kind=inline")
         names = [f.name for f in self.reward.functions]

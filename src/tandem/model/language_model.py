@@ -7,13 +7,15 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Embedding, ParamWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tandem.errors import ConfigError, RunError
 from tandem.model.attention import Layout, Rows
 from tandem.model.head import chosen_logprobs
-from tandem.model.mixture import apart, is_mixture
+from tandem.model.mixture import apart, experts_first, is_mixture
 from tandem.model.parallel.mesh import ALONE, Mesh, norm_of
 from tandem.model.product import quicken
 from tandem.types import BatchT
@@ -164,28 +166,47 @@ class LanguageModel:
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         """As `weights`, with all experts of a layer in one tensor, as the model has them."""
         named = dict(self.module.named_parameters())
-        adapted = {name.partition(".lora_A.")[0] for name in named if ".lora_A." in name}
-        if odd := sorted(stem for stem in adapted if f"{stem}.base_layer.weight" not in named):
-            raise RunError(
-                f"model.lora.targets: the adapter of {odd[0]} cannot be merged into its weights, for it is no plain "
-                "linear layer; name targets that are, such as q_proj and v_proj"
-            )
+        adapted = self._adapted(named)
         for name, weight in named.items():
             if ".lora_" in name:
                 continue
             whole = self.whole(name, weight).detach()
-            stem, base, leaf = name.rpartition(".base_layer.")
-            if base and leaf == "weight" and f"{stem}.lora_A.default.weight" in named:
-                a, b = (f"{stem}.lora_{x}.default.weight" for x in "AB")
-                scale = self.module.get_submodule(stem).scaling["default"]
-                change = self.whole(b, named[b]).detach() @ self.whole(a, named[a]).detach()
-                whole = whole + (change * scale).to(whole.dtype)
+            if name in adapted:
+                whole = whole + self._change(adapted[name], named, whole)
             yield self.hf_name(name), whole
+
+    def _adapted(self, named: Mapping[str, Tensor]) -> dict[str, str]:
+        """The module that adapts it, by each adapted weight; RunError where the weight is not to be found."""
+        found = {}
+        marks = (".lora_A.", ".lora_embedding_A.")
+        for stem in {name.partition(mark)[0] for name in named for mark in marks if mark in name}:
+            layer, base = self.module.get_submodule(stem), stem
+            leaf = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+            while isinstance(self.module.get_submodule(base), LoraLayer):
+                base = f"{base}.base_layer"
+            fused = isinstance(layer, ParamWrapper) and layer.num_experts > 1
+            known = not isinstance(layer, Embedding) and (not fused or is_mixture(self.network.config))
+            if f"{base}.{leaf}" not in named or not known:
+                raise RunError(
+                    f"model.lora.targets: the adapter of {stem} cannot be merged into its weights, for it is neither "
+                    "a plain linear layer nor the experts of a Qwen mixture; name other targets, such as q_proj"
+                )
+            found[f"{base}.{leaf}"] = stem
+        return found
+
+    def _change(self, stem: str, named: Mapping[str, Tensor], whole: Tensor) -> Tensor:
+        """What the adapter in this module adds to a weight."""
+        experts = len(whole) if whole.ndim == 3 else 1
+        a, b = (
+            experts_first(name, self.whole(name, named[name]).detach(), experts)
+            for name in (f"{stem}.lora_{x}.default.weight" for x in "AB")
+        )
+        return ((b @ a) * self.module.get_submodule(stem).scaling["default"]).to(whole.dtype)
 
     def hf_name(self, name: str) -> str:
         """The name in a Hugging Face folder of a parameter of `module`."""
         prefix = "base_model.model." if isinstance(self.module, PeftModel) else ""
-        return name.removeprefix(prefix).replace(".base_layer.", ".")
+        return name.removeprefix(prefix).replace(".base_layer", "")
 
     def whole(self, name: str, weight: Tensor) -> Tensor:
         """All of the parameter of this name."""
@@ -214,7 +235,7 @@ class LanguageModel:
         self.module.merge_adapter()
         try:
             merged = {
-                name.replace(".base_layer.", "."): tensor
+                name.replace(".base_layer", ""): tensor
                 for name, tensor in self.network.state_dict().items()
                 if ".lora_" not in name
             }

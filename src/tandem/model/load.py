@@ -1,5 +1,6 @@
 """Load a Hugging Face folder, or make a small model of one's own, ready to train and to decode."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -119,7 +120,10 @@ def with_adapter(network: PreTrainedModel, lora: Lora, seed: int, resume: Path |
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(network, config)
+        with warnings.catch_warnings():
+            # It sets patterns for the experts of a mixture itself, and then remarks that no module of its own has them.
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+            return get_peft_model(network, config)
     except ValueError as cause:
         raise ConfigError(f"model.lora.targets={lora.targets}: {first_line(cause)}") from cause
 

@@ -37,3 +37,22 @@ def apart(name: str, weight: Tensor, first: int = 0) -> Iterator[tuple[str, Tens
     for index, expert in enumerate(weight, first):
         for projection, part in zip(projections, expert.chunk(len(projections))):
             yield f"{stem}.experts.{index}.{projection}.weight", part
+
+
+def experts_first(name: str, factor: Tensor, experts: int) -> Tensor:
+    """A factor of an adapter as PEFT has it, [experts x rank, in] or [out, rank x experts], as [experts, rank, in] or
+    [experts, out, rank]: their product is the change of the experts. A single weight's stays as it is."""
+    if experts == 1 or factor.ndim == 3:
+        return factor
+    if ".lora_A." in name:
+        return factor.unflatten(0, (experts, -1))
+    return factor.unflatten(1, (-1, experts)).permute(2, 0, 1)
+
+
+def as_saved(name: str, factor: Tensor) -> Tensor:
+    """The way back, by the name of the weight; whatever is no factor of experts stays as it is."""
+    if factor.ndim == 3 and ".lora_A." in name:
+        return factor.flatten(0, 1)
+    if factor.ndim == 3 and ".lora_B." in name:
+        return factor.permute(1, 2, 0).flatten(1)
+    return factor

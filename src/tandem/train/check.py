@@ -27,7 +27,8 @@ from tandem.model.load import existing
 from tandem.rewards.scorer import Scorer
 from tandem.train import footprint, trial
 from tandem.train.finding import Finding, Line
-from tandem.train.footprint import Shape, readable
+from tandem.train.footprint import Memory, Shape, readable
+from tandem.train.layouts import check_layouts, holds_reference, layouts_of
 
 SAMPLE = 256
 """Prompts whose round trip is checked, spread over the data."""
@@ -109,6 +110,19 @@ def missing_weights(folder: Path) -> list[Line]:
     return [("problem", f"{folder} lacks {', '.join(absent[:SHOWN])}{more}; download the folder again")]
 
 
+def look_at_layout(bench: Bench) -> list[Line]:
+    """Whether the layouts fit the models, by their sizes: no learner is started and no weight is read for it."""
+    run, learners = bench.run, bench.run.placement.learners
+    check_layouts(run, tokenizer(bench))
+    if learners == 1:
+        return [("ok", "one learner, which holds the model whole")]
+    ours, other = layouts_of(run)
+    said = f"learner.layout on {learners} learners: {ours}"
+    if holds_reference(run):
+        said += f"; reference.layout: {other}"
+    return [("ok", f"{said}; they fit the model by its config, no learner was started and no weight loaded")]
+
+
 def look_at_train_data(bench: Bench) -> list[Line]:
     data = bench.run.data
     bench.train = load_prompts(data, data.train, tokenizer(bench), limit=data.limit)
@@ -188,18 +202,38 @@ def look_at_memory(bench: Bench) -> list[Line]:
     if device is None:
         raise NotChecked("device")
     reference = reference_shape(bench)
-    need = footprint.memory(run, shape(bench), bench.longest_prompt(), reference)
+    try:
+        axes = layouts_of(run)
+    except ConfigError:
+        raise NotChecked("layout") from None
+    need = footprint.memory(run, shape(bench), bench.longest_prompt(), reference, *axes)
     on_device, on_host = free_bytes(device), footprint.host_bytes()
     free = on_host if on_device is None else on_device
     offloaded = sum(need.host.values())
-    peak = need.peak + (offloaded if on_device is None else 0)
-    lines = [
-        fits(f"about {readable(peak)} of {readable(free)} free ({need.sentence()})", peak, free, SMALLER)
-    ]
+    if on_device is None:
+        peak, whose = on_one_host(run, need)
+    else:
+        peak = max(need.learner, need.engine) if run.placement.kind == "apart" else need.peak
+        whose = ""
+    said = f"about {readable(peak)} of {readable(free)} free ({whose}{need.sentence()})"
+    lines = [fits(said, peak, free, SMALLER)]
     if offloaded and on_device is not None:
         said = f"about {readable(offloaded)} of {readable(on_host)} free on the host"
         lines.append(fits(said, offloaded, on_host, "unset learner.optimizer.offload"))
     return lines
+
+
+def on_one_host(run: Run, need: Memory) -> tuple[int, str]:
+    """Bytes of all processes, where they compute in the memory of one machine, and whose they are."""
+    away, place = sum(need.host.values()), run.placement
+    if place.kind == "inline":
+        return need.peak + away, ""
+    if place.kind == "colocated":
+        pairs = place.learners * (need.peak + away)
+        return pairs, f"{place.learners} pairs of a learner and an engine, as if on one machine; of each: "
+    apart = place.learners * (need.learner + away) + place.engines * need.engine
+    whose = f"{place.learners} learners of {readable(need.learner + away)}, {place.engines} engines of "
+    return apart, f"{whose}{readable(need.engine)}, as if on one machine; largest parts of each: "
 
 
 SMALLER = (
@@ -295,7 +329,7 @@ def train_data(bench: Bench) -> PromptSet:
 def reference_shape(bench: Bench) -> Shape | None:
     """The reference model that the run holds beside the policy."""
     run = bench.run
-    if not run.needs_reference or (run.model.lora is not None and run.reference.path is None):
+    if not holds_reference(run):
         return None
     if run.reference.path is None:
         return shape(bench)
@@ -305,6 +339,7 @@ def reference_shape(bench: Bench) -> Shape | None:
 LOOKS: dict[str, Callable[[Bench], list[Line]]] = {
     "device": look_at_device,
     "model": look_at_model,
+    "layout": look_at_layout,
     "data.train": look_at_train_data,
     "data.eval": look_at_eval_data,
     "template": look_at_template,

@@ -128,6 +128,16 @@ def shape_of(model: Model, tokenizer: PreTrainedTokenizerFast | None, path: str 
     )
 
 
+def config_of(
+    model: Model, tokenizer: PreTrainedTokenizerFast | None, path: str | None = None
+) -> PreTrainedConfig:
+    """Of the policy, or of the model in `path`, without its weights."""
+    if path is None and model.new is not None:
+        with torch.device("meta"):
+            return bare_network(model, tokenizer).config
+    return describe(path or str(model.path), model.trust_remote_code).get_text_config()
+
+
 EXPERT = ".experts."
 """In the name of every weight of an expert."""
 
@@ -169,9 +179,18 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """Most bytes at once on the device."""
-        phases = (sum(self.sampling.values()), sum(self.update.values()))
-        return sum(self.lasting.values()) + max(phases)
+        """Most bytes at once on the device of a learner that an engine shares."""
+        return sum(self.lasting.values()) + max(self.engine, sum(self.update.values()))
+
+    @property
+    def learner(self) -> int:
+        """The same of a learner alone."""
+        return sum(self.lasting.values()) + sum(self.update.values())
+
+    @property
+    def engine(self) -> int:
+        """The same of an engine alone."""
+        return sum(self.sampling.values())
 
     def sentence(self) -> str:
         larger = max(self.sampling, self.update, key=lambda phase: sum(phase.values()))
@@ -180,26 +199,33 @@ class Memory:
 
 
 def memory(
-    run: Run, shape: Shape, longest_prompt: int, reference: Shape | None, axes: Axes = ALONE
+    run: Run,
+    shape: Shape,
+    longest_prompt: int,
+    reference: Shape | None,
+    axes: Axes = ALONE,
+    reference_axes: Axes = ALONE,
 ) -> Memory:
     """What the fullest process of a layout takes at its peak; `reference` is given where the run holds a reference
-    model of its own, which lies as the policy does."""
+    model of its own, which has a layout of its own."""
     word, layout = DTYPES[run.model.dtype].itemsize, run.learner.layout
     offload = run.learner.optimizer.offload
     weights, trained = held(shape, axes)
     states = {"optimizer": 2 * trained * FLOAT}
     if word != FLOAT or offload:
         states["master weights"] = trained * FLOAT
-    lasting, host = {"weights": weights * word}, {}
+    lasting: dict[str, int] = {"weights": weights * word}
+    host: dict[str, int] = {}
     if reference is not None:
-        lasting["reference"] = held(reference, axes)[0] * word
+        place = host if run.reference.layout.offload_parameters else lasting
+        place["reference"] = held(reference, reference_axes)[0] * word
     if offload:
-        host = states | {"gradients of the masters": trained * FLOAT}
+        host |= states | {"gradients of the masters": trained * FLOAT}
     else:
         lasting |= states
     updating = update(run, shape, longest_prompt, word, axes)
     if layout.offload_parameters:
-        host["weights"] = lasting.pop("weights") + lasting.pop("reference", 0)
+        host["weights"] = lasting.pop("weights")
     if layout.offload_parameters or layout.offload_gradients:
         host["gradients"] = updating.pop("gradients")
     return Memory(
@@ -209,18 +235,16 @@ def memory(
 
 def held(shape: Shape, axes: Axes) -> tuple[int, int]:
     """Weights, and trained ones among them, that the fullest process holds all the time."""
-    stage = stage_layers(shape, axes) / shape.layers
+    stage = axes.layers(shape.layers) / shape.layers
     outside = shape.embedding + (0 if shape.tied else shape.head)
     here = outside if axes.pipeline == 1 else max(shape.embedding, shape.head)
-    processes = axes.tensor * axes.cut
-    weights = (shape.parameters - outside) * stage + here
-    trained = weights if shape.trainable == shape.parameters else shape.trainable * stage
-    return math.ceil(weights / processes), math.ceil(trained / processes)
-
-
-def stage_layers(shape: Shape, axes: Axes) -> int:
-    """Layers of the longest stage."""
-    return math.ceil(shape.layers / axes.pipeline)
+    experts = shape.expert_parameters * stage
+    split = (shape.parameters - outside) * stage - experts + here
+    weights = split / axes.tensor + experts
+    trained = weights
+    if shape.trainable < shape.parameters:
+        trained = shape.trainable * stage / axes.tensor
+    return math.ceil(weights / axes.cut), math.ceil(trained / axes.cut)
 
 
 def gathered(shape: Shape, axes: Axes, word: int) -> int:
@@ -230,27 +254,45 @@ def gathered(shape: Shape, axes: Axes, word: int) -> int:
         return 0
     outside = shape.embedding + (0 if shape.tied else shape.head)
     here = outside if axes.pipeline == 1 else max(shape.embedding, shape.head)
-    layer = (
-        shape.parameters - outside - shape.expert_parameters + shape.expert_parameters / axes.expert
-    ) / shape.layers
+    split = (shape.parameters - outside - shape.expert_parameters) / axes.tensor
+    layer = (split + shape.expert_parameters / axes.expert) / shape.layers
     trained = 1.0 if shape.trainable == shape.parameters else shape.trainable / shape.parameters
     gradients = trained * (word + FLOAT)
-    return int((layer * (2 * word + gradients) + here * (word + trained * word)) / axes.tensor)
+    return int(layer * (2 * word + gradients) + here * (word + trained * word) / axes.tensor)
 
 
 def sampling(run: Run, shape: Shape, longest_prompt: int, word: int) -> dict[str, int]:
     """The engine: answers in slots, each prompt once, and the choice of a token."""
-    s, evaluates = run.sampling, run.data.eval is not None and run.eval.every is not None
-    requests = max(run.rollouts_per_step, run.eval.questions * run.eval.answers if evaluates else 0)
-    slots = min(s.slots, requests)
-    prompts = min(slots, max(s.prompts_per_step, run.eval.questions if evaluates else 0))
-    tokens = slots * s.max_answer_tokens + prompts * longest_prompt
+    answers, prompts = asked(run, run.placement.engines)
+    slots = min(run.sampling.slots, answers)
+    tokens = slots * run.sampling.max_answer_tokens + min(slots, prompts) * longest_prompt
+    parts = {"KV cache": tokens * shape.key_value * word, "logits": slots * drawing(run, shape)}
+    copy = shape.parameters * word // run.engine.tensor_parallel
+    return parts if run.placement.kind == "inline" else {"engine's weights": copy, **parts}
+
+
+def asked(run: Run, engines: int = 1) -> tuple[int, int]:
+    """Answers, and different prompts, that the busiest of so many engines is asked for at once, in a step or in an
+    evaluation. Answers are dealt out in equal shares, those to one prompt as neighbours."""
+    s, e = run.sampling, run.eval
+    asked_for = [(s.prompts_per_step, s.answers_per_prompt)]
+    if run.data.eval is not None and e.every is not None:
+        asked_for += [(e.questions, e.answers), (e.questions, 1)]
+    answers = prompts = 0
+    for questions, each in asked_for:
+        share = math.ceil(questions * each / engines)
+        # A share begins at most so far behind the first answer to a prompt.
+        behind = each - math.gcd(share, each)
+        answers = max(answers, share)
+        prompts = max(prompts, min(questions, (behind + share - 1) // each + 1))
+    return answers, prompts
+
+
+def drawing(run: Run, shape: Shape) -> int:
+    """Bytes for the choice of one answer's next token."""
+    s = run.sampling
     truncates = s.top_k > 0 or s.top_p < 1 or s.min_p > 0
-    copies = TRUNCATED_COPIES if truncates else SAMPLED_COPIES
-    return {
-        "KV cache": tokens * shape.key_value * word,
-        "logits": slots * shape.vocabulary * FLOAT * copies,
-    }
+    return shape.vocabulary * FLOAT * (TRUNCATED_COPIES if truncates else SAMPLED_COPIES)
 
 
 def update(run: Run, shape: Shape, longest_prompt: int, word: int, axes: Axes = ALONE) -> dict[str, int]:
@@ -260,17 +302,28 @@ def update(run: Run, shape: Shape, longest_prompt: int, word: int, axes: Axes = 
     answers = tokens * run.sampling.max_answer_tokens // longest
     logits = answers * shape.vocabulary * FLOAT // (axes.tensor * axes.context)
     layer = shape.kept(axes)
-    layers = stage_layers(shape, axes) * axes.pipeline
+    parts = math.ceil(run.rollouts_per_step * longest / run.learner.updates_per_step / axes.data / tokens)
+    layers = kept_layers(run.learner.layout.pipeline_schedule, shape, axes, parts)
     kept = layers * layer
     if run.learner.checkpointing:
         kept = layers * shape.hidden / (axes.tensor * axes.context) + layer
-    parts = {
+    found = {
         "gradients": held(shape, axes)[1] * word,
         "activations": int(tokens * kept * word),
         "logits": min(logits, run.learner.logits_mb * MIB) * LOGIT_COPIES,
     }
     whole = gathered(shape, axes, word)
-    return parts | ({"gathered weights": whole} if whole else {})
+    return found | ({"gathered weights": whole} if whole else {})
+
+
+def kept_layers(schedule: str, shape: Shape, axes: Axes, parts: int) -> float:
+    """Layers whose activations the first process of a pipeline keeps at its fullest, while `parts` micro-batches go
+    through: those of one stage for each pass that it has not gone back through."""
+    ranks, chunks = axes.pipeline, axes.pipeline_chunks
+    passes = parts * chunks
+    if schedule == "1f1b":
+        passes = min(passes, ranks if chunks == 1 else 2 * (ranks - 1) + (chunks - 1) * ranks + 1)
+    return passes * axes.layers(shape.layers) / chunks if ranks > 1 else shape.layers
 
 
 def disk(run: Run, shape: Shape, longest_prompt: int) -> dict[str, int]:

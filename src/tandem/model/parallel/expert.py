@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 
-from tandem.model.mixture import PROJECTIONS, experts_in
+from tandem.model.mixture import experts_in
+from tandem.model.parallel.adapter import holders_in
 from tandem.model.parallel.collectives import exchanged
 from tandem.model.parallel.grid import Axis, Grid
 from tandem.model.parallel.tensor import Part
@@ -27,14 +28,15 @@ def split(module: nn.Module, axis: Axis) -> dict[str, Part]:
     if axis.size == 1:
         return {}
     made = set()
-    for experts in list(experts_in(module)):
-        for name in PROJECTIONS:
-            whole = experts.get_parameter(name)
-            part = nn.Parameter(whole.detach().chunk(axis.size)[axis.rank].clone(), whole.requires_grad)
-            setattr(experts, name, part)
-            made.add(id(part))
-        experts.num_experts = len(part)
-        experts.forward = partial(_travelling, experts.forward, len(part), axis)
+    for holder in list(holders_in(module)):
+        for owner in list(holder.modules()):
+            for name, whole in list(owner.named_parameters(recurse=False)):
+                part = nn.Parameter(whole.detach().chunk(axis.size)[axis.rank].clone(), whole.requires_grad)
+                setattr(owner, name, part)
+                made.add(id(part))
+        local = len(part)
+        next(experts_in(holder)).num_experts = local
+        holder.forward = partial(_travelling, holder.forward, local, axis)
     named = module.named_parameters()
     return {name: Part(dim=0, expert=True) for name, weight in named if id(weight) in made}
 

@@ -3,8 +3,10 @@
 from transformers import PreTrainedConfig
 
 from tandem.config.layout import Layout
+from tandem.config.sections import Lora
 from tandem.errors import ConfigError
 from tandem.model.mixture import MIXTURES, is_mixture
+from tandem.model.parallel.tensor import COLUMN, ROW, styles
 
 PIPELINED = frozenset({"llama", "qwen2", "qwen3", *MIXTURES})
 """Model types whose decoder is an embedding, layers that follow each other, and a norm."""
@@ -40,6 +42,28 @@ def check_fit(layout: Layout, config: PreTrainedConfig, world: int, where: str) 
         raise ConfigError(
             f"{where}.tensor={layout.tensor}: {type(config).__name__} carries no plan of how to split its layers; "
             "use shard or context instead"
+        )
+    odd = sorted(set(styles(config).values()) - {COLUMN, ROW}) if layout.tensor > 1 else []
+    if odd:
+        raise ConfigError(
+            f"{where}.tensor={layout.tensor}: the plan of {type(config).__name__} has parts that are split in ways "
+            f"which are not supported ({', '.join(odd)}); use shard or context instead"
+        )
+
+
+def check_adapter(layout: Layout, lora: Lora | None, where: str) -> None:
+    """ConfigError where a model with this adapter cannot be laid out so; `where` is the layout's key."""
+    if lora is None or layout.tensor == 1:
+        return
+    if lora.dropout:
+        raise ConfigError(
+            f"model.lora.dropout={lora.dropout} needs {where}.tensor=1: each part would drop its own"
+        )
+    outside = [name for name in ("embed_tokens", "lm_head") if name in lora.targets]
+    if outside:
+        raise ConfigError(
+            f"{where}.tensor={layout.tensor}: embedding and output head with an adapter cannot be split; leave "
+            f"{' and '.join(outside)} out of model.lora.targets, or use shard instead"
         )
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tandem.model.language_model import LanguageModel
+from tandem.model.mixture import as_saved
 
 FILE_BYTES = 4 * 2**30
 ADAPTER = "adapter_model.safetensors"
@@ -70,10 +71,12 @@ def write_folder(folder: Path, model: LanguageModel) -> None:
 def write_adapter(folder: Path, model: LanguageModel) -> None:
     """The folder of a PEFT adapter."""
     assert isinstance(model.module, PeftModel)
-    whole = {name: weight.cpu() for name, weight in model.wholes(model.trainable())}
+    whole = {name: as_saved(name, weight.cpu()) for name, weight in model.wholes(model.trainable())}
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({adapter_key(name): values for name, values in whole.items()}, folder / ADAPTER)
+        save_file(
+            {adapter_key(name): values.contiguous() for name, values in whole.items()}, folder / ADAPTER
+        )
         model.module.peft_config["default"].save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
     dist.barrier()

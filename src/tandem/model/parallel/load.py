@@ -9,7 +9,6 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from peft import PeftModel
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +20,7 @@ from tandem.model.load import DTYPES, describe, existing, load_tokenizer, with_a
 from tandem.model.mixture import apart, is_mixture
 from tandem.model.new import new_network
 from tandem.model.parallel.expert import first_row
+from tandem.model.parallel.fit import check_adapter
 from tandem.model.parallel.grid import Grid
 from tandem.model.parallel.mesh import local
 from tandem.model.parallel.model import ShardedModel
@@ -44,15 +44,7 @@ def load_sharded(
         source = existing(config.path)
         network = empty_network(source, dtype, config.trust_remote_code)
     module = adapted(network, config.lora, seed) if config.lora is not None else network
-    if config.lora is not None and config.lora.dropout and grid.tensor.size > 1:
-        raise ConfigError(
-            f"model.lora.dropout={config.lora.dropout} needs {where}.tensor=1: each part would drop its own"
-        )
-    if any(isinstance(inner, ParamWrapper) for inner in module.modules()):
-        raise ConfigError(
-            f"model.lora.targets={config.lora.targets}: on many processes the experts and routers of a mixture cannot "
-            "have adapters; name the layers of attention, [q_proj, k_proj, v_proj, o_proj]"
-        )
+    check_adapter(grid.layout, config.lora, where)
     model = kind_of(grid)(module, tokenizer, source, grid, where)
     if config.new is None:
         read_weights(model, Path(downloaded(source)))

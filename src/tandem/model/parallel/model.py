@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tandem.errors import ConfigError
 from tandem.model.attention import Layout, Rows
 from tandem.model.language_model import LanguageModel
-from tandem.model.parallel import expert, tensor
+from tandem.model.parallel import adapter, expert, tensor
 from tandem.model.parallel.context import Cut, spread
 from tandem.model.parallel.fit import check_fit
 from tandem.model.parallel.folder import write_adapter, write_folder
@@ -37,6 +37,7 @@ class ShardedModel(LanguageModel):
         self.mesh = self.grid = grid
         self._sequence = grid.tensor.size > 1 and grid.layout.sequence
         check_fit(grid.layout, self.network.config, grid.world, where)
+        adapter.loosen(module)
         self.parts = tensor.split(module, self.network, grid.tensor, self._sequence, where)
         self.parts |= expert.split(module, grid.expert)
         self._leave_out()
@@ -145,7 +146,8 @@ class ShardedModel(LanguageModel):
 
     def _copies(self, name: str) -> int:
         """How many processes hold the very same values of a weight as this one."""
-        return self.grid.replicate * (self.grid.tensor.size if self.parts[name].dim is None else 1)
+        part = self.parts[name]
+        return self.grid.replicate * (self.grid.tensor.size if part.dim is None or part.expert else 1)
 
     def whole(self, name: str, weight: Tensor) -> Tensor:
         return on_grid(local(weight), weight, self.parts[name], self.grid).full_tensor()

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from tandem.model.mixture import experts_in
+from tandem.model.parallel.adapter import holders_in
 from tandem.model.parallel.grid import Grid
 from tandem.model.parallel.tensor import Part, whole_shape
 
@@ -42,7 +42,7 @@ def fully_shard_all(root: Root, layers: Iterable[nn.Module], grid: Grid) -> None
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
     for layer in layers:
-        for experts in experts_in(layer) if grid.expert.size > 1 else ():
+        for experts in holders_in(layer) if grid.expert.size > 1 else ():
             fully_shard(experts, mesh=grid.experts_sharding, **options)
         fully_shard(layer, mesh=grid.sharding, **options)
     fully_shard(root, mesh=grid.sharding, **options)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import embedding
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from tandem.errors import ConfigError
@@ -26,6 +26,17 @@ from tandem.model.parallel.grid import Axis
 COLUMN, ROW = "colwise", "rowwise"
 ASIDE = {"replicated_with_grad_allreduce", "replicate", "sequence_parallel", "embedding_rowwise"}
 """Styles of a plan that leave the weight whole, and that of the embedding, which is split here in any case."""
+EXPERTS = ".experts"
+"""In the patterns of a mixture's experts, which the expert axis splits: each process of the tensor axis has the same
+ones, for the tokens that lie with it between the split parts."""
+
+
+def styles(config: PreTrainedConfig) -> dict[str, str]:
+    """Of the model's plan, how each pattern of layers is to be cut."""
+    plan = config.base_model_tp_plan or {}
+    return {
+        pattern: style for pattern, style in plan.items() if style not in ASIDE and EXPERTS not in pattern
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +82,7 @@ def split(
         )
     decoder, edges, scissors = network.get_decoder(), Edges(axis=axis, sequence=sequence), _Scissors(axis)
     blocks = set()
-    for path, style in linear_layers(decoder, where):
+    for path, style in linear_layers(decoder):
         layer = decoder.get_submodule(path)
         scissors.cut_linear(layer, column=style == COLUMN)
         if style == ROW:
@@ -94,22 +105,16 @@ def split(
     }
 
 
-def linear_layers(decoder: PreTrainedModel, where: str) -> Iterator[tuple[str, str]]:
+def linear_layers(decoder: PreTrainedModel) -> Iterator[tuple[str, str]]:
     """Path below the decoder and style of every layer that the model's plan splits."""
-    plan = decoder.config.base_model_tp_plan
-    patterns = {}
-    for pattern, style in plan.items():
-        if style in ASIDE:
-            continue
-        if style not in (COLUMN, ROW):
-            raise ConfigError(
-                f"{where}.tensor: the style {style!r} of {pattern} in the model's plan is not supported"
-            )
-        patterns[pattern] = re.compile(pattern.replace(".", r"\.").replace("*", r"\d+"))
+    patterns = {
+        re.compile(pattern.replace(".", r"\.").replace("*", r"\d+")): style
+        for pattern, style in styles(decoder.config).items()
+    }
     for path, _ in decoder.named_modules():
-        for pattern, expression in patterns.items():
+        for expression, style in patterns.items():
             if expression.fullmatch(path):
-                yield path, plan[pattern]
+                yield path, style
 
 
 class _Scissors:

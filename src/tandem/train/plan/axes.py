@@ -9,7 +9,6 @@ from transformers import PreTrainedConfig
 from tandem.config.layout import Layout
 from tandem.errors import ConfigError
 from tandem.model.parallel.fit import check_fit
-from tandem.model.parallel.tensor import ASIDE, COLUMN, ROW
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +22,28 @@ class Axes:
     pipeline: int = 1
     expert: int = 1
     """Of the processes of `shard` and `context`, neighbours that split the experts."""
+    pipeline_chunks: int = 1
+    """Stages on each process of the pipeline."""
+    pipeline_layers: tuple[int, ...] | None = None
+    """Layers of each stage; None for equal ones."""
+
+    @classmethod
+    def of(cls, layout: Layout, world: int) -> "Axes":
+        """Those of a layout on `world` processes; ConfigError where it cannot be."""
+        try:
+            replicate, shard, context, tensor = layout.sizes(world)
+        except ValueError as cause:
+            raise ConfigError(str(cause)) from None
+        return cls(
+            replicate=replicate,
+            shard=shard,
+            context=context,
+            tensor=tensor,
+            pipeline=layout.pipeline,
+            expert=layout.expert,
+            pipeline_chunks=layout.pipeline_chunks,
+            pipeline_layers=tuple(layout.pipeline_layers) if layout.pipeline_layers else None,
+        )
 
     @property
     def world(self) -> int:
@@ -39,12 +60,23 @@ class Axes:
         over `expert` of these first, and then sharded over the rest."""
         return self.shard * self.context
 
+    def layers(self, layers: int) -> int:
+        """Of a model with so many, those on the process of the pipeline that has the most."""
+        stages = self.pipeline * self.pipeline_chunks
+        counts = self.pipeline_layers or [layers // stages + (s < layers % stages) for s in range(stages)]
+        return max(sum(counts[rank :: self.pipeline]) for rank in range(self.pipeline))
+
+    def sizes(self) -> dict[str, int]:
+        """Of the axes that are above 1."""
+        return {name: size for name, size in asdict(self).items() if isinstance(size, int) and size > 1}
+
     def __str__(self) -> str:
-        sizes = asdict(self).items()
-        return " ".join(f"{name}={size}" for name, size in sizes if size > 1) or "one process"
+        return " ".join(f"{name}={size}" for name, size in self.sizes().items()) or "one process"
 
 
 ALONE = Axes()
+CHUNKS = (1, 2, 4)
+"""Stages on a process of a pipeline that are tried."""
 
 
 class Rules:
@@ -67,9 +99,6 @@ class Rules:
             check_fit(Layout(tensor=tensor, context=context), self.config, tensor * context, "layout")
         except ConfigError as cause:
             return str(cause)
-        styles = set((self.config.base_model_tp_plan or {}).values()) - ASIDE - {COLUMN, ROW}
-        if tensor > 1 and styles:
-            return f"tensor={tensor}: the model's plan has parts that cannot be split ({', '.join(sorted(styles))})"
         return None
 
     def serves(self, tensor: int) -> bool:
@@ -94,17 +123,20 @@ def layouts(count: int, rules: Rules, sequences: int) -> Iterator[Axes | str]:
                 data = count // (tensor * context * pipeline)
                 if pipeline > layers:
                     yield f"pipeline={pipeline} is more than the model's {layers} layers"
-                elif data > sequences:
+                    continue
+                if data > sequences:
                     yield f"{data} shares of an update's {sequences} answers"
-                else:
-                    yield from _shared(data, rules.experts, tensor, context, pipeline)
+                    continue
+                for chunks in CHUNKS if pipeline > 1 else CHUNKS[:1]:
+                    if pipeline * chunks <= layers:
+                        yield from _shared(data, rules.experts, tensor, context, pipeline, chunks)
 
 
-def _shared(data: int, experts: int, tensor: int, context: int, pipeline: int) -> Iterator[Axes]:
+def _shared(data: int, experts: int, tensor: int, context: int, pipeline: int, chunks: int) -> Iterator[Axes]:
     """The ways to hold weights on processes with sequences of their own."""
     for replicate in divisors(data):
         shard = data // replicate
-        together = math.gcd(shard * context, experts) if experts and tensor == 1 else 1
+        together = math.gcd(shard * context, experts) if experts else 1
         for expert in divisors(together):
             yield Axes(
                 replicate=replicate,
@@ -113,6 +145,7 @@ def _shared(data: int, experts: int, tensor: int, context: int, pipeline: int) -
                 tensor=tensor,
                 pipeline=pipeline,
                 expert=expert,
+                pipeline_chunks=chunks,
             )
 
 

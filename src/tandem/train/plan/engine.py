@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tandem.config.run import Run
+from tandem.engine.embedded import FREE_SHARE
 from tandem.model.load import DTYPES
-from tandem.train.footprint import FLOAT, SAMPLED_COPIES, TRUNCATED_COPIES, Shape
+from tandem.train.footprint import Shape, asked, drawing
 from tandem.train.plan.axes import Rules, divisors
 from tandem.train.plan.device import Rates
 from tandem.train.plan.link import Links
@@ -73,20 +74,17 @@ def _engine(
 ) -> Engine | float:
     """The engine; or the bytes that are missing for a single answer. `split`: parts of the weights, of the cache."""
     tensor, keys = split
-    word, s = DTYPES[run.model.dtype].itemsize, run.sampling
+    word = DTYPES[run.model.dtype].itemsize
     count = links.count // tensor
     answers = -(-run.rollouts_per_step // count)
     weights = shape.parameters * word / tensor if copied else 0.0
-    group = min(s.answers_per_prompt, answers)
-    columns = lengths.longest_answer + lengths.longest_prompt / group
-    truncates = s.top_k > 0 or s.top_p < 1 or s.min_p > 0
-    copies = TRUNCATED_COPIES if truncates else SAMPLED_COPIES
-    cache, logits = columns * shape.key_value * word / keys, shape.vocabulary * FLOAT * copies
-    wanted = run.engine.max_num_seqs if run.engine.kind == "vllm" else s.slots
-    slots = min(wanted, answers, int((free - weights) // (cache + logits)))
-    if slots < 1:
-        return weights + cache + logits - free
-    work = decoding(run, shape, lengths, answers, slots, joined=run.engine.kind == "embedded" and tensor == 1)
+    column, logits = shape.key_value * word / keys, drawing(run, shape)
+    slots, cache = _cache(run, lengths, count, column, logits, free - weights)
+    if weights + cache + slots * logits > free:
+        return weights + cache + slots * logits - free
+    at_once = min(slots, answers)
+    joined = run.engine.kind == "embedded" and tensor == 1
+    work = decoding(run, shape, lengths, answers, at_once, joined=joined)
     seconds, communication, reads = times(work, shape, rates, links, tensor, word)
     return Engine(
         tensor=tensor,
@@ -94,12 +92,30 @@ def _engine(
         slots=slots,
         copied=copied,
         weights=weights,
-        cache=slots * cache,
+        cache=cache,
         logits=slots * logits,
         seconds=seconds,
         communication=communication,
         reads=reads,
     )
+
+
+def _cache(
+    run: Run, lengths: Lengths, count: int, column: float, logits: float, free: float
+) -> tuple[int, float]:
+    """Answers at a time, at least one, and bytes of the keys and values of all slots and of the prompts in them;
+    `column` are those of one token."""
+    answers, prompts = asked(run, count)
+    prompt, answer = column * lengths.longest_prompt, column * lengths.longest_answer
+    if run.engine.kind == "vllm":
+        # Its blocks are taken as they are needed, those of a prompt once for its group.
+        each = answer + prompt / min(run.sampling.answers_per_prompt, answers)
+        slots = max(1, min(run.engine.max_num_seqs, answers, int(free // (each + logits))))
+        return slots, slots * each
+    # As the engine does where memory is short: each slot has room for a prompt of its own.
+    each = max((prompt + answer) / FREE_SHARE, prompt + answer + logits)
+    slots = max(1, min(run.sampling.slots, answers, int(free // each)))
+    return slots, slots * answer + min(slots, prompts) * prompt
 
 
 def times(

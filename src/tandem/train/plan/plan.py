@@ -5,14 +5,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-import torch
+from transformers import PreTrainedConfig
 
 from tandem.config.run import Run
 from tandem.config.sections import Learner
 from tandem.errors import ConfigError
+from tandem.model.parallel.fit import check_fit
 from tandem.train import footprint
 from tandem.train.footprint import Memory, Shape
-from tandem.train.plan.axes import Axes, Rules, layouts
+from tandem.train.layouts import check_layouts, holds_reference
+from tandem.train.plan.axes import ALONE, Axes, Rules, layouts
 from tandem.train.plan.device import Rates
 from tandem.train.plan.engine import Engine, engines
 from tandem.train.plan.link import links
@@ -30,6 +32,8 @@ class Offer:
     """A layout that fits."""
 
     axes: Axes
+    reference: Axes
+    """Of the reference, where the run holds one."""
     offloaded: str
     """What waits in host memory."""
     samplers: int
@@ -92,8 +96,7 @@ def plan(
 
     ConfigError where an answer does not fit the model's positions.
     """
-    with torch.device("meta"):
-        config = footprint.bare_network(run.model, None).config.get_text_config()
+    config = footprint.config_of(run.model, None)
     shape = footprint.shape_of(run.model, None)
     longest = lengths.longest_prompt + lengths.longest_answer
     if longest > shape.positions:
@@ -101,7 +104,8 @@ def plan(
             f"prompt {lengths.longest_prompt} + answer {lengths.longest_answer} = {longest} tokens are more than the "
             f"model's {shape.positions:,} positions; lower data.max_prompt_tokens or sampling.max_answer_tokens"
         )
-    owned = run.needs_reference and (run.model.lora is None or run.reference.path is not None)
+    check_layouts(run, None)
+    owned = holds_reference(run)
     made = Plan(
         run=run,
         shape=shape,
@@ -111,12 +115,11 @@ def plan(
         count=count,
         per_node=per_node,
     )
-    reference = None
-    if owned:
-        path = run.reference.path
-        reference = shape if path is None else footprint.shape_of(run.model, None, path)
+    path = run.reference.path
+    reference = (shape if path is None else footprint.shape_of(run.model, None, path)) if owned else None
+    reference_config = footprint.config_of(run.model, None, path)
     rules = Rules(config, shape.experts, per_node)
-    search = Search(made, reference, rules, variants(run) if offload else {"": run})
+    search = Search(made, reference, reference_config, rules, variants(run) if offload else {"": run})
     offers = search.offers()
     made.offers = heapq.nsmallest(top, offers, key=lambda offer: (offer.step_s, offer.peak))
     return made
@@ -130,8 +133,13 @@ def variants(run: Run) -> dict[str, Run]:
     )
     layout = {"offload_parameters": True, "offload_gradients": False}
     everything = optimizer.model_copy(update={"layout": learner.layout.model_copy(update=layout)})
-    found = {offloaded(each): each for each in (learner, optimizer, everything)}
-    return {name: run.model_copy(update={"learner": each}) for name, each in found.items()}
+    reference = run.reference.model_copy(
+        update={"layout": run.reference.layout.model_copy(update={"offload_parameters": True})}
+    )
+    away = run.model_copy(update={"reference": reference})
+    found = {offloaded(each): (run, each) for each in (learner, optimizer)}
+    found[offloaded(everything)] = (away, everything)
+    return {name: whole.model_copy(update={"learner": each}) for name, (whole, each) in found.items()}
 
 
 def offloaded(learner: Learner) -> str:
@@ -146,8 +154,16 @@ def offloaded(learner: Learner) -> str:
 class Search:
     """Goes through all layouts, and keeps count of what it meets in the plan."""
 
-    def __init__(self, made: Plan, reference: Shape | None, rules: Rules, runs: dict[str, Run]) -> None:
-        self.plan, self.reference, self.rules, self.runs = made, reference, rules, runs
+    def __init__(
+        self,
+        made: Plan,
+        reference: Shape | None,
+        reference_config: PreTrainedConfig,
+        rules: Rules,
+        runs: dict[str, Run],
+    ) -> None:
+        self.plan, self.rules, self.runs = made, rules, runs
+        self.reference, self.reference_config = reference, reference_config
         self._engines: dict[tuple[int, int, bool], Engine | float] = {}
         self._all = links(made.rates, made.count, made.per_node)
 
@@ -162,6 +178,10 @@ class Search:
 
     def _with(self, samplers: int) -> Iterator[Offer]:
         run, learners = self.plan.run, self.plan.count - samplers
+        refusal = self._reference_refusal(learners)
+        if refusal is not None:
+            self.plan.refused[refusal] += 1
+            return
         sequences = run.rollouts_per_step // run.learner.updates_per_step
         for axes in layouts(learners, self.rules, sequences):
             if isinstance(axes, str):
@@ -178,6 +198,16 @@ class Search:
                     NEAREST, [*self.plan.misses, found], key=lambda m: m.lacking
                 )
 
+    def _reference_refusal(self, learners: int) -> str | None:
+        """Why `reference.layout` cannot be on so many learners; None where it can."""
+        if self.reference is None or learners == 1:
+            return None
+        try:
+            check_fit(self.plan.run.reference.layout, self.reference_config, learners, "reference.layout")
+        except ConfigError as cause:
+            return str(cause)
+        return None
+
     def _fit(self, axes: Axes, samplers: int) -> Offer | Miss:
         """With as little in host memory as will do."""
         found: Offer | Miss | None = None
@@ -190,7 +220,8 @@ class Search:
 
     def _try(self, axes: Axes, samplers: int, name: str, run: Run) -> Offer | Miss:
         made, usable = self.plan, self.plan.rates.usable
-        memory = footprint.memory(run, made.shape, made.lengths.longest_prompt, self.reference, axes)
+        longest, other = made.lengths.longest_prompt, self._reference_axes(axes)
+        memory = footprint.memory(run, made.shape, longest, self.reference, axes, other)
         if not made.rates.host_memory:
             memory = replace(memory, lasting=memory.lasting | memory.host, host={})
         lasting = sum(memory.lasting.values())
@@ -209,6 +240,19 @@ class Search:
         if isinstance(engine, float):
             return Miss(axes=axes, offloaded=name, lacking=engine, why="sampling one answer at a time")
         return self._offer(run, axes, samplers, name, memory, engine)
+
+    def _reference_axes(self, axes: Axes) -> Axes:
+        """Those that `reference.layout` gives on the learner's processes; of one process there is only one layout."""
+        if self.reference is None:
+            return axes
+        return ALONE if axes.world == 1 else Axes.of(self.plan.run.reference.layout, axes.world)
+
+    def _reference_trainer(self, trainer: Trainer, axes: Axes) -> Trainer:
+        """Whose forward pass is the reference's: without weights of its own it is the policy without its adapter."""
+        if self.reference is None:
+            return trainer
+        offloads = trainer.run.reference.layout.offload_parameters
+        return replace(trainer, shape=self.reference, axes=axes, offloads=offloads)
 
     def _engine(self, samplers: int, free: float, whole: bool) -> Engine | float:
         """The fastest engine, or the bytes that are missing."""
@@ -235,7 +279,7 @@ class Search:
         return self._engines[key]
 
     def _offer(self, run: Run, axes: Axes, samplers: int, name: str, memory: Memory, engine: Engine) -> Offer:
-        made = self.plan
+        made, other = self.plan, self._reference_axes(axes)
         trainer = Trainer(
             run=run,
             shape=made.shape,
@@ -243,13 +287,14 @@ class Search:
             axes=axes,
             rates=made.rates,
             links=self._all,
+            offloads=run.learner.layout.offload_parameters,
         )
         update = trainer.update()
         seconds = {"rollout": engine.seconds}
         if run.old_logp == "recompute":
             seconds["old log-probs"] = trainer.logprobs().seconds
         if run.needs_reference:
-            seconds["reference"] = trainer.logprobs().seconds
+            seconds["reference"] = self._reference_trainer(trainer, other).logprobs().seconds
         seconds |= {
             "update": update.seconds,
             "transfer": trainer.transfer(engine.tensor) if engine.copied else 0.0,
@@ -259,6 +304,7 @@ class Search:
         rollout = seconds["rollout"]
         return Offer(
             axes=axes,
+            reference=other,
             offloaded=name,
             samplers=samplers,
             memory=memory,

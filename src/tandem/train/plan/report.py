@@ -1,7 +1,6 @@
 """A plan as text."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from tandem.train.footprint import readable
 from tandem.train.plan.axes import Axes
@@ -89,6 +88,8 @@ def roles(plan: Plan, offer: Offer) -> str:
     rows.append(row("engine", [engine.weights, 0, 0, 0, engine.logits, engine.cache, 0]))
     usable = readable(int(plan.rates.usable))
     notes = [f"memory by role, on its fullest device ({usable} usable); other: weights gathered while in use"]
+    if plan.reference and offer.axes.world > 1:
+        notes.append(f"the reference lies as reference.layout says: {offer.reference}")
     if not offer.samplers:
         notes.append(
             f"update and sampling take turns: at most {readable(int(offer.peak))} at once; {slots(offer)}"
@@ -146,14 +147,13 @@ def keys(plan: Plan, offer: Offer) -> str:
         chosen.append("learner.optimizer.offload=true")
     if "parameters" in offer.offloaded:
         chosen.append("learner.layout.offload_parameters=true")
+        chosen += ["reference.layout.offload_parameters=true"] * plan.reference
     return f"keys of the first: {' '.join(chosen) or 'none, the recipe as it is'}"
 
 
 def axes_keys(axes: Axes) -> dict[str, int]:
     """Axes above 1, and `shard` wherever there is any."""
-    sizes = asdict(axes)
-    split = axes.world > 1
-    return {name: size for name, size in sizes.items() if size > 1 or (name == "shard" and split)}
+    return ({"shard": axes.shard} if axes.world > 1 else {}) | axes.sizes()
 
 
 def left_out(plan: Plan) -> str:

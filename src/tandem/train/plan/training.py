@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from tandem.config.run import Run
 from tandem.model.load import DTYPES
-from tandem.train.footprint import FLOAT, Shape, held, stage_layers
+from tandem.train.footprint import FLOAT, Shape, held
 from tandem.train.plan.axes import Axes
 from tandem.train.plan.device import Rates
 from tandem.train.plan.link import Links
@@ -47,6 +47,8 @@ class Trainer:
     axes: Axes
     rates: Rates
     links: Links
+    offloads: bool
+    """The weights are in host memory and come when they are used."""
 
     def update(self) -> Pass:
         """All updates of a step."""
@@ -74,9 +76,11 @@ class Trainer:
         optimizer: float = 0.0,
     ) -> Pass:
         layers = passes * self._joining(tokens)
-        if self.run.learner.layout.offload_parameters:
+        if self.offloads:
             more += tokens.forwards * gathers * held(self.shape, self.axes)[0] * self._word / self.rates.host
-        idle = (self.axes.pipeline - 1) / tokens.forwards
+        ranks, chunks = self.axes.pipeline, self.axes.pipeline_chunks
+        # Interleaved stages take turns after as many micro-batches as there are processes, be they there or not.
+        idle = (ranks - 1 + (chunks - 1) * (-tokens.forwards % ranks)) / (tokens.forwards * chunks)
         return Pass(
             products=products,
             layers=layers,
@@ -91,13 +95,18 @@ class Trainer:
         return DTYPES[self.run.model.dtype].itemsize
 
     @property
-    def _processes(self) -> int:
-        """Those that share the sequences of one data rank."""
-        return self.axes.tensor * self.axes.context * self.axes.pipeline
+    def _layers(self) -> int:
+        """Of the process that has the most."""
+        return self.axes.layers(self.shape.layers)
+
+    @property
+    def _processes(self) -> float:
+        """Those that share the sequences of one data rank, as many as if all had as many layers as the fullest."""
+        return self.axes.tensor * self.axes.context * self.shape.layers / self._layers
 
     def _joining(self, tokens: Tokens) -> float:
         """Communication of one forward pass inside the layers of a stage; backward it is as much."""
-        axes, shape, layers = self.axes, self.shape, stage_layers(self.shape, self.axes)
+        axes, shape, layers = self.axes, self.shape, self._layers
         line = tokens.line / axes.context
         wide = line * shape.hidden * self._word
         joined = 2 * layers * self.links.all_reduce(wide, axes.tensor, 1)
@@ -106,23 +115,25 @@ class Trainer:
         routed = 0.0
         if axes.expert > 1:
             copies = 2 * shape.active * wide / axes.tensor
-            routed = layers * self.links.exchange(copies, axes.expert, 1)
+            routed = layers * self.links.exchange(copies, axes.expert, axes.tensor)
         between = 0.0
         if axes.pipeline > 1:
-            between = wide / axes.tensor / self.links.rate(2, axes.world // axes.pipeline)
+            hops = wide / axes.tensor / self.links.rate(2, axes.world // axes.pipeline)
+            between = axes.pipeline_chunks * hops
         return joined + turned + routed + between
 
     def _moving(self, held_here: int, word: int) -> float:
         """Seconds to gather, or to scatter, what each process holds of a stage, layer by layer."""
         axes, shape = self.axes, self.shape
         stage = held_here * axes.cut
-        experts = stage * shape.expert_parameters / shape.parameters
+        rest = (shape.parameters - shape.expert_parameters) / axes.tensor
+        experts = stage * shape.expert_parameters / (rest + shape.expert_parameters)
         seconds = self.links.all_gather((stage - experts) * word, axes.cut, axes.tensor)
         if experts:
-            rest = axes.cut // axes.expert
-            seconds += self.links.all_gather(experts / axes.expert * word, rest, axes.tensor * axes.expert)
+            few = axes.cut // axes.expert
+            seconds += self.links.all_gather(experts / axes.expert * word, few, axes.tensor * axes.expert)
         # The whole's time counts the messages of one layer.
-        more = stage_layers(shape, axes) - 1
+        more = self._layers - 1
         return seconds + more * self.links.all_gather(0.0, axes.cut, axes.tensor)
 
     def _summing(self) -> float:
