@@ -31,7 +31,7 @@ class SlowEngine:
         self.token_s, self.version, self.wanted = token_s, -1, 0
         self.dead = threading.Event()
 
-    def place(self) -> str:
+    def build(self) -> str:
         return "this process"
 
     def update(self, offer: Offer, probe: tuple[int, ...]) -> tuple[float, ...]:

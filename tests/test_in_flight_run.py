@@ -39,6 +39,7 @@ SAMPLING_S, TRAINING_S, TOKENS, STEPS = 0.4, 0.25, 40, 8
 def slow(monkeypatch):
     """Engines of this process: `(count, token_s) -> (Engines, the slow ones)`."""
     from tandem.placement.cluster import engines
+    from tandem.placement.cluster.broadcast import Reading
 
     monkeypatch.setattr(engines.port, "first_done", first_done)
     closing = []
@@ -51,7 +52,7 @@ def slow(monkeypatch):
             return ThreadWorker(made[-1], f"engine {number}")
 
         placement = Placement(kind="apart", engines=count, backoff_s=0.0, engine_timeout_s=1.0)
-        closing.append(engines.Engines(spawn, placement))
+        closing.append(engines.Engines(spawn, lambda number: True, placement, Reading()))
         return closing[-1], made
 
     yield built
