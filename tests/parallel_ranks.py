@@ -27,6 +27,7 @@ from tandem.model.parallel.grid import Grid, connect
 from tandem.model.parallel.load import load_sharded
 from tandem.model.parallel.shard import on_grid
 from tandem.placement.ranks import actor_of, build_reference
+from tandem.train.snapshot import read_learned, write_learned
 from tandem.types import Experience, take
 from tiny_step import experience, run
 
@@ -165,6 +166,9 @@ def everything(rank: int, world: int, address: str, place: str) -> None:
         for name, case in SAVED.items():
             for layout, sizes in RESUMED.items():
                 go_on(replace(case, layout=sizes), folder, folder / f"saved {name}", layout, rank)
+        for name, case in SAVED.items():
+            for layout, sizes in RESUMED.items():
+                take_over_from_one(replace(case, layout=sizes), folder, f"{name} {layout}", rank)
         slices_only(folder)
         copies_are_summed_once_per_update(folder)
         a_new_model_is_the_same()
@@ -211,6 +215,29 @@ def go_on(case: Case, folder: Path, saved: Path, layout: str, rank: int) -> None
     later = weights_of(actor)
     if rank == 0:
         save_file(later, f"{saved} {layout}.safetensors")
+
+
+def saved_by_one(case: Case, folder: Path, out: Path) -> None:
+    """A checkpoint of one process after two updates, and its weights after a third."""
+    actor, part = single(case, folder)
+    actor.update([part, part], 0.05)
+    out.mkdir()
+    words = write_learned(actor, None, out, False)
+    (out / "words.json").write_text(json.dumps(words))
+    actor.update([part], 0.05)
+    save_file(weights_of(actor), f"{out} later.safetensors")
+
+
+def take_over_from_one(case: Case, folder: Path, name: str, rank: int) -> None:
+    _, part = single(case, folder)
+    actor = spread(case, folder)
+    saved = folder / f"one {name.split()[0]}"
+    words = json.loads((saved / "words.json").read_text())
+    read_learned(actor, None, saved, words["optimizer"], words["random"])
+    actor.update([part], 0.05)
+    later = weights_of(actor)
+    if rank == 0:
+        save_file(later, folder / f"from one {name}.safetensors")
 
 
 class Counting:

@@ -9,8 +9,20 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
-from parallel_ranks import CASES, CPU, RESUMED, SAVED, Case, everything, launch, offloaded, single, weights_of
-from tandem.checkpoint.sharded import export_sharded
+from parallel_ranks import (
+    CASES,
+    CPU,
+    RESUMED,
+    SAVED,
+    Case,
+    everything,
+    launch,
+    offloaded,
+    saved_by_one,
+    single,
+    weights_of,
+)
+from tandem.checkpoint.sharded import export_sharded, read_sharded
 from tandem.config.layout import Layout
 from tandem.config.sections import Model
 from tandem.errors import ConfigError
@@ -34,6 +46,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family in FAMILIES:
         network(family).save_pretrained(made / family)
         new_tokenizer().save_pretrained(made / family)
+    for name, case in SAVED.items():
+        saved_by_one(case, made, made / f"one {name}")
     for world in CASES:
         launch(everything, world, made)
     return made
@@ -68,6 +82,34 @@ def test_a_checkpoint_goes_on_in_another_layout(place, name, layout):
     for key, weight in load_file(place / f"saved {name} {layout}.safetensors").items():
         torch.testing.assert_close(weight, later[key], atol=close, rtol=close, msg=key)
     assert any(not torch.equal(then[key], later[key]) for key in then)
+
+
+@pytest.mark.parametrize("layout", RESUMED)
+@pytest.mark.parametrize("name", SAVED)
+def test_a_checkpoint_of_one_process_goes_on_with_many(place, name, layout):
+    later = load_file(place / f"one {name} later.safetensors")
+    close = 3e-2 if SAVED[name].dtype == "bf16" else 1e-5
+    theirs = load_file(place / f"from one {name} {layout}.safetensors")
+    assert theirs.keys() == later.keys()
+    for key, weight in theirs.items():
+        torch.testing.assert_close(weight, later[key], atol=close, rtol=close, msg=key)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_checkpoint_of_many_processes_goes_on_with_one(place, name):
+    case, saved = SAVED[name], place / f"saved {name}"
+    actor, part = single(case, place)
+    read_sharded(saved, actor.model, actor.optimizer)
+    assert actor.optimizer.updates == 2
+    for key, values in load_file(f"{saved} masters.safetensors").items():
+        assert torch.equal(actor.optimizer.master_tensors[key], values), key
+    then, later = (load_file(f"{saved} {when}.safetensors") for when in ("then", "later"))
+    for key, weight in weights_of(actor).items():
+        torch.testing.assert_close(weight, then[key], atol=1e-7, rtol=1e-6, msg=key)
+    actor.update([part], 0.05)
+    close = 3e-2 if case.dtype == "bf16" else 1e-5
+    for key, weight in weights_of(actor).items():
+        torch.testing.assert_close(weight, later[key], atol=close, rtol=close, msg=key)
 
 
 @pytest.mark.parametrize("name", SAVED)

@@ -29,6 +29,9 @@ pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not ins
 RAY = {"cpus": 1, "start_timeout_s": 120, "engine_timeout_s": 60, "learner_timeout_s": 60}
 
 
+CONTEXT = {"optimizer": {"lr": 1e-3}, "layout": {"context": 2}}
+
+
 @pytest.fixture(scope="module")
 def inline(tmp_path_factory) -> list[dict]:
     """The trajectory in one process."""
@@ -74,6 +77,18 @@ def test_apart_is_the_run_of_one_process_though_an_engine_dies_and_another_hangs
 
 def test_several_engines_and_learners_do_what_one_process_does(inline, tmp_path):
     ours = run_in(tmp_path, placement={"kind": "apart", **RAY, "engines": 2, "learners": 2}, steps=6)
+    for row, other in zip(ours[:6], inline[:6], strict=True):
+        assert row["reward/mean"] == other["reward/mean"] and row["version"] == other["version"]
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert row["kl/reference"] == pytest.approx(other["kl/reference"], abs=1e-6)
+
+
+def test_a_checkpoint_goes_on_with_one_learner_or_several(inline, tmp_path):
+    """Two steps each: in one process, with two learners that split the tokens, and in one process again."""
+    several = {"kind": "apart", **RAY, "learners": 2}
+    for steps, changes in (2, {}), (4, {"placement": several, "learner": CONTEXT}), (6, {}):
+        ours = run_in(tmp_path, steps=steps, **changes)
+    assert [row["step"] for row in ours[:6]] == list(range(6))
     for row, other in zip(ours[:6], inline[:6], strict=True):
         assert row["reward/mean"] == other["reward/mean"] and row["version"] == other["version"]
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)

@@ -19,6 +19,7 @@ VARIANTS = {
     "plain": {},
     "several updates and epochs": {"learner": {"updates_per_step": 2, "epochs_per_step": 2}},
     "answers sampled ahead": {"sampling": {"max_lag": 2}},
+    "a reference that is the first policy": {"algorithm": {"kl": {"coef": 0.1}}},
     "moving reference, adaptive KL": {
         "algorithm": {"kl": {"coef": 0.1, "target": 0.05}},
         "reference": {"refresh_every": 3},

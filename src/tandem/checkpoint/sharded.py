@@ -1,26 +1,30 @@
-"""Checkpoints of a model on many processes: each writes its part, and any other layout reads them.
+"""Checkpoints of a model on many processes: each writes its part, and any other layout reads them, one process too.
 
 `weights/` holds what trains (all weights by their Hugging Face names, or an adapter's), `optimizer/` the moments and
 the master weights where the model's are shorter, `settings/` the rest of a Hugging Face folder. The tensors are
 safetensors that torch.distributed.checkpoint writes and reads, the place of each piece in its file's header; nothing
-in them is code.
+in them is code. What one process wrote, a model's folder and `optimizer_tensors` in a file, is read by the same slices.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, save
 
 from tandem.checkpoint.export import export
 from tandem.checkpoint.jsonfile import read_json, write_json
+from tandem.engine.weights import named_tensors
+from tandem.model import LanguageModel
 from tandem.model.mixture import apart, as_saved
-from tandem.model.parallel.folder import ADAPTER, adapter_key, write_settings, write_weights
-from tandem.model.parallel.load import Target, read, read_alone
+from tandem.model.parallel.folder import ADAPTER, write_settings, write_weights
+from tandem.model.parallel.load import Target, adapter_targets, read, read_alone, read_saved, target
 from tandem.model.parallel.mesh import local
 from tandem.model.parallel.model import ShardedModel
 from tandem.model.parallel.shard import on_grid
@@ -28,6 +32,20 @@ from tandem.optimizer import Optimizer
 
 WEIGHTS, OPTIMIZER, SETTINGS, STATE = "weights", "optimizer", "settings", "optimizer.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+STEP = "state/step/"
+"""Before a weight's name in the file of one process: how many steps it has had."""
+
+
+class Keys(NamedTuple):
+    """What tensors of an optimizer are called in a file."""
+
+    moment: str
+    master: str
+
+
+MANY = Keys("{moment}/{name}", "master/{name}")
+ONE = Keys("state/{moment}/{name}", "{name}")
+"""As `optimizer_tensors` names moments; masters by the weight's own name."""
 
 
 def write_sharded(folder: Path, model: ShardedModel, optimizer: Optimizer) -> None:
@@ -38,7 +56,7 @@ def write_sharded(folder: Path, model: ShardedModel, optimizer: Optimizer) -> No
         for name, master in optimizer.masters.items()
         if optimizer.adamw.state.get(master)
     }
-    _write(folder / OPTIMIZER, model, _state(model, optimizer, steps))
+    _write(folder / OPTIMIZER, model, _state(model, optimizer, steps, MANY))
     steps = model.grid.over_stages(steps)
     if dist.get_rank() == 0:
         write_settings(folder / SETTINGS, model)
@@ -48,13 +66,37 @@ def write_sharded(folder: Path, model: ShardedModel, optimizer: Optimizer) -> No
     dist.barrier()
 
 
-def read_sharded(folder: Path, model: ShardedModel, optimizer: Optimizer) -> None:
-    """Bring model and optimizer to a checkpoint that any number of processes wrote; each reads its slices only."""
+def read_sharded(folder: Path, model: LanguageModel, optimizer: Optimizer) -> None:
+    """Bring model and optimizer to what any number of processes wrote; each reads its slices only."""
     figures = read_json(folder / STATE)
     read(model, _weights(model), folder / WEIGHTS)
+    _read_optimizer(folder / OPTIMIZER, model, optimizer, figures["steps"], MANY)
+    optimizer.updates = figures["updates"]
+
+
+def read_model(folder: Path, model: LanguageModel) -> None:
+    """Bring a model to the weights that `LanguageModel.save` wrote; each process reads its slices only."""
+    if isinstance(model, ShardedModel):
+        return read_saved(model, folder)
+    read(model, {key: Target(key, t, t, whole=True) for key, t in named_tensors(model).items()}, folder)
+
+
+def read_whole(file: Path, model: LanguageModel, optimizer: Optimizer) -> None:
+    """Bring an optimizer to what one process wrote: the tensors of `optimizer_tensors` in `file`, masters in files
+    beside it."""
+    with safe_open(file, framework="pt") as opened:
+        names = [key for key in opened.keys() if key.startswith(STEP)]  # noqa: SIM118
+        steps = {name.removeprefix(STEP): float(opened.get_tensor(name)) for name in names}
+    _read_optimizer(file.parent, model, optimizer, steps, ONE)
+
+
+def _read_optimizer(
+    folder: Path, model: LanguageModel, optimizer: Optimizer, steps: Mapping[str, float], keys: Keys
+) -> None:
+    """`steps` are those of each weight, by its name."""
     masters = optimizer.masters
     optimizer.adamw.state.clear()
-    steps = {name: step for name, step in figures["steps"].items() if name in masters}
+    steps = {name: step for name, step in steps.items() if name in masters}
     for name, step in steps.items():
         master = masters[name]
         # The step count stays in host memory unless the kernel reads it.
@@ -63,10 +105,9 @@ def read_sharded(folder: Path, model: ShardedModel, optimizer: Optimizer) -> Non
             "step": torch.tensor(step, dtype=torch.float32, device=device),
             **{moment: torch.zeros_like(master, requires_grad=False) for moment in MOMENTS},
         }
-    targets = _state(model, optimizer, steps)
+    targets = _state(model, optimizer, steps, keys)
     if targets:
-        read(model, targets, folder / OPTIMIZER)
-    optimizer.updates = figures["updates"]
+        read(model, targets, folder)
 
 
 def export_sharded(folder: Path, target: Path) -> Path:
@@ -85,24 +126,26 @@ def export_sharded(folder: Path, target: Path) -> Path:
     return export(write, target)
 
 
-def _weights(model: ShardedModel) -> dict[str, Target]:
+def _weights(model: LanguageModel) -> dict[str, Target]:
     """What trains, by its name in the files."""
     if isinstance(model.module, PeftModel):
-        return {adapter_key(n): Target(n, weight, local(weight)) for n, weight in model.trainable().items()}
+        return adapter_targets(model)
     named = model.module.named_parameters()
-    return {model.hf_name(n): Target(n, weight, local(weight)) for n, weight in named}
+    return {model.hf_name(n): target(model, n, local(weight)) for n, weight in named}
 
 
-def _state(model: ShardedModel, optimizer: Optimizer, names: dict[str, float]) -> dict[str, Target]:
+def _state(model: LanguageModel, optimizer: Optimizer, names: Iterable[str], keys: Keys) -> dict[str, Target]:
     """Moments of the given weights, and all masters that are not the weights themselves."""
-    weights, masters = model.trainable(), optimizer.masters
+    masters = optimizer.masters
     found = {
-        f"{moment}/{name}": Target(name, weights[name], optimizer.adamw.state[masters[name]][moment])
+        keys.moment.format(moment=moment, name=name): target(
+            model, name, optimizer.adamw.state[masters[name]][moment]
+        )
         for moment in MOMENTS
         for name in names
     }
     return found | {
-        f"master/{name}": Target(name, weights[name], values)
+        keys.master.format(name=name): target(model, name, values)
         for name, values in optimizer.master_tensors.items()
     }
 

@@ -34,6 +34,8 @@ FREE_ON_RESUME = (
     "checkpoint",
     "journal",
     "learner.tokens_per_forward",
+    "learner.layout",
+    "reference.layout",
     "reward.workers",
 )
 """Keys and sections that a resumed run may change: they decide neither a sample nor a gradient."""

@@ -14,15 +14,19 @@ from tandem.model.parallel.load import load_frozen_sharded, load_sharded
 from tandem.model.parallel.model import ShardedModel
 
 
-def build_actor(run: Run, layout: Layout, rank: int, world: int, address: str) -> Actor:
-    """The policy and its optimizer on `world` processes that meet at `address` (host:port of rank 0).
+def build_actor(
+    run: Run, layout: Layout, rank: int, world: int, address: str, start: Path | None = None
+) -> Actor:
+    """The policy and its optimizer on `world` processes that meet at `address` (host:port of rank 0); with the weights
+    that `LanguageModel.save` wrote into `start`, if given.
 
     Every process calls this with the same run and layout; ConfigError where the layout does not fit the model.
     """
     device = pick(run.device)
     connect(rank, world, address, device)
     tokenizer: PreTrainedTokenizerBase = tokenizer_of(run.model)
-    model = load_sharded(run.model, tokenizer, Grid(layout, device, "learner.layout"), seed=run.seed)
+    grid = Grid(layout, device, "learner.layout")
+    model = load_sharded(run.model, tokenizer, grid, seed=run.seed, start=start)
     return actor_of(run, model)
 
 

@@ -91,10 +91,9 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
     held_out = held_out_questions(run, tokenizer)
     scorer.ready()
     journal = stack.enter_context(Journal(run, folder, console))
-    weights = resume / snapshot.MODEL if resume is not None else None
     model = None
     if run.placement.kind == "inline" or (resume is None and run.warmup is not None):
-        model = load_model(run.model, tokenizer, device, seed=run.seed, resume=weights)
+        model = load_model(run.model, tokenizer, device, seed=run.seed)
     check_lengths(run, max_positions(run, model), [*prompts.prompts, *held_out])
     (folder / "config.yaml").write_text(dump(run), encoding="utf-8")
     step = 0 if resume is None else read_json(resume / "state.json")["step"]
@@ -104,9 +103,7 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
         assert model is not None
         warmed = warm_up(run, model, prompts, journal, interruption)
     reference = resume / snapshot.REFERENCE if resume is not None and snapshot.keeps_reference(run) else None
-    roles = stack.enter_context(
-        closing(ROLES[run.placement.kind](run, model or weights, prompts, scorer, reference))
-    )
+    roles = stack.enter_context(closing(ROLES[run.placement.kind](run, model, prompts, scorer, reference)))
     if resume is not None:
         snapshot.restore(resume, roles, prompts.fingerprint)
         console.print(f"going on from {resume}, {step} of {run.steps} steps done", highlight=False)

@@ -18,7 +18,7 @@ from tandem.checkpoint import (
     write_json,
     write_tensors,
 )
-from tandem.checkpoint.sharded import read_sharded, write_sharded
+from tandem.checkpoint.sharded import read_model, read_sharded, read_whole, write_sharded
 from tandem.config import dump
 from tandem.config.run import Run
 from tandem.errors import RunError
@@ -28,6 +28,7 @@ from tandem.placement import inline
 from tandem.placement.inline import Roles
 
 MODEL, REFERENCE, SHARDED = "model", "reference", "sharded"
+OPTIMIZER, MASTERS = "optimizer.safetensors", "masters.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +65,8 @@ def write_learned(
     else:
         actor.model.save(folder / MODEL)
         tensors, figures = optimizer_tensors(actor.optimizer.adamw, actor.optimizer.parameter_names)
-        write_tensors(folder / "optimizer.safetensors", tensors)
-        write_tensors(folder / "masters.safetensors", actor.optimizer.master_tensors)
+        write_tensors(folder / OPTIMIZER, tensors)
+        write_tensors(folder / MASTERS, actor.optimizer.master_tensors)
     generators, words = rng_state()
     if not isinstance(actor.model, ShardedModel) or dist.get_rank() == 0:
         write_tensors(folder / "random.safetensors", generators)
@@ -73,7 +74,7 @@ def write_learned(
 
 
 def restore(folder: Path, roles: Roles, data: str) -> int:
-    """Bring freshly built roles, whose model was loaded from this checkpoint, to its place; returns the step."""
+    """Bring freshly built roles to the place of a checkpoint; returns the step."""
     state = read_json(folder / "state.json")
     if state["data"] != data:
         raise RunError(
@@ -92,20 +93,18 @@ def read_learned(
     figures: Mapping[str, Any],
     words: Mapping[str, Any],
 ) -> None:
-    """What `write_learned` wrote, but for weights that were loaded from there."""
-    sharded = (folder / SHARDED).is_dir()
-    if sharded != isinstance(actor.model, ShardedModel):
-        wrote = "several learners" if sharded else "one learner"
-        raise RunError(
-            f"{folder} was written by {wrote}: go on with placement.learners {'above' if sharded else '='} 1, or begin "
-            "from its weights with model.path"
-        )
-    if isinstance(actor.model, ShardedModel):
-        read_sharded(folder / SHARDED, actor.model, actor.optimizer)
+    """What `write_learned` wrote, in whichever layout that was, read into the one that is here."""
+    model, optimizer = actor.model, actor.optimizer
+    if (folder / SHARDED).is_dir():
+        read_sharded(folder / SHARDED, model, optimizer)
     else:
-        tensors = read_tensors(folder / "optimizer.safetensors")
-        restore_optimizer(actor.optimizer.adamw, actor.optimizer.parameter_names, tensors, figures)
-        actor.optimizer.restore_masters(read_tensors(folder / "masters.safetensors"))
+        read_model(folder / MODEL, model)
+        if isinstance(model, ShardedModel):
+            read_whole(folder / OPTIMIZER, model, optimizer)
+        else:
+            tensors = read_tensors(folder / OPTIMIZER)
+            restore_optimizer(optimizer.adamw, optimizer.parameter_names, tensors, figures)
+            optimizer.restore_masters(read_tensors(folder / MASTERS))
     restore_rng(read_tensors(folder / "random.safetensors"), words)
 
 

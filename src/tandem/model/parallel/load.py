@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from tandem.config.sections import Lora, Model
 from tandem.errors import ConfigError
 from tandem.model.attention import NAME
+from tandem.model.language_model import LanguageModel
 from tandem.model.load import DTYPES, describe, existing, load_tokenizer, with_adapter
 from tandem.model.mixture import apart, is_mixture
 from tandem.model.new import new_network
 from tandem.model.parallel.expert import first_row
 from tandem.model.parallel.fit import check_adapter
+from tandem.model.parallel.folder import adapter_key
 from tandem.model.parallel.grid import Grid
 from tandem.model.parallel.mesh import local
 from tandem.model.parallel.model import ShardedModel
@@ -35,8 +37,10 @@ def load_sharded(
     *,
     seed: int = 0,
     where: str = "learner.layout",
+    start: Path | None = None,
 ) -> ShardedModel:
-    """The policy on the processes of a grid; `where` is the layout's key, for errors. Collective."""
+    """The policy on the processes of a grid, with the weights that `LanguageModel.save` wrote into `start` if given;
+    `where` is the layout's key, for errors. Collective."""
     dtype = DTYPES[config.dtype]
     if config.new is not None:
         network, source = new_network(config.new, tokenizer, seed).to(dtype), "model.new"
@@ -48,6 +52,8 @@ def load_sharded(
     model = kind_of(grid)(module, tokenizer, source, grid, where)
     if config.new is None:
         read_weights(model, Path(downloaded(source)))
+    if start is not None:
+        read_saved(model, start)
     model.check_forward()
     return model
 
@@ -122,6 +128,13 @@ def read_weights(model: ShardedModel, folder: Path) -> None:
     read(model, targets, folder)
 
 
+def read_saved(model: ShardedModel, folder: Path) -> None:
+    """Fill the weights that `LanguageModel.save` wrote: all, or those of the adapter."""
+    if isinstance(model.module, PeftModel):
+        return read(model, adapter_targets(model), folder)
+    read_weights(model, folder)
+
+
 class Target(NamedTuple):
     """What a tensor of a file is read into."""
 
@@ -131,10 +144,22 @@ class Target(NamedTuple):
     values: Tensor
     """What is here of it, or of what belongs to it."""
     whole: bool = False
-    """The tensor of the file is here whole, one of several that make up the parameter."""
+    """The tensor of the file is here whole: of a model in one process, or one of several that make up the
+    parameter."""
 
 
-def read(model: ShardedModel, targets: Mapping[str, Target], folder: Path) -> None:
+def target(model: LanguageModel, name: str, values: Tensor) -> Target:
+    """`values` is what is here of the parameter of this name, or of what belongs to it."""
+    weight = model.module.get_parameter(name)
+    return Target(name, weight, values.detach(), whole=not isinstance(model, ShardedModel))
+
+
+def adapter_targets(model: LanguageModel) -> dict[str, Target]:
+    """The weights of an adapter, by their names in its file."""
+    return {adapter_key(n): target(model, n, local(weight)) for n, weight in model.trainable().items()}
+
+
+def read(model: LanguageModel, targets: Mapping[str, Target], folder: Path) -> None:
     """Read this process's slices of the tensors of a folder, by the name they have there, whatever layout wrote
     them; ConfigError where one is missing or has another shape."""
     saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata

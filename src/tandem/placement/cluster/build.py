@@ -81,13 +81,13 @@ class RemoteRoles:
 
 def build(
     run: Run,
-    start: LanguageModel | Path | None,
+    start: LanguageModel | None,
     prompts: PromptSet,
     scorer: Scorer,
     reference_folder: Path | None = None,
 ) -> RemoteRoles:
-    """The roles of a run. `start` is what the learners begin with: a model made in this process, or a folder of a
-    checkpoint; else each loads `model`. The run folder must be seen by all learners."""
+    """The roles of a run. `start` is what the learners begin with where it is made in this process; else each loads
+    `model`. The run folder must be seen by all learners."""
     port = ray_port()
     # Both name the port, which only a run with Ray can import.
     places = importlib.import_module("tandem.placement.cluster.places")
@@ -106,7 +106,7 @@ def build(
         stack.callback(line.close)
         placed = places.Placed(run, cluster, root, line)
         stack.callback(placed.engines.close)
-        facts = placed.build_learners(start_folder(run, start, folder), reference_folder)
+        facts = placed.build_learners(start_folder(start, folder), reference_folder)
         stack.callback(placed.close_learners)
         params = sampling_params(run, prompts.template)
         stop_tokens = facts.stop_tokens | params.stop_tokens
@@ -147,9 +147,9 @@ def ray_port() -> Any:
         ) from cause
 
 
-def start_folder(run: Run, start: LanguageModel | Path | None, folder: Path) -> Path | None:
-    if not isinstance(start, LanguageModel):
-        return start if start is not None and start.is_dir() else None
+def start_folder(start: LanguageModel | None, folder: Path) -> Path | None:
+    if start is None:
+        return None
     start.save(folder / START)
     return folder / START
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tandem.config.run import Run
-from tandem.config.sections import Model
 from tandem.device import describe, pick
 from tandem.engine.probe import TOLERANCE, policy_logp, probe_tokens
 from tandem.engine.roads import FilesRoad, Meeting
@@ -68,17 +67,15 @@ class LearnerWorker(Process):
         """Load the models: the policy from `weights`, a folder, where the run has one; the ranks meet at `address`.
         Versions of the weights for the engines go below `root`, or through Ray."""
         run = self.run
-        folder = None if reference is None else Path(reference)
+        start, folder = (None if given is None else Path(given) for given in (weights, reference))
         if self.world == 1:
-            start = None if weights is None else Path(weights)
             model = load(run.model, tokenizer_of(run.model), pick(run.device), seed=run.seed, resume=start)
             if run.learner.compile:
                 compile_blocks(model)
             self.actor = Actor(model, run)
             self.reference = reference_of(run, model, folder) if run.needs_reference else None
         else:
-            run = run if weights is None else run.model_copy(update={"model": at(run.model, weights)})
-            self.actor = ranks.build_actor(run, run.learner.layout, self.rank, self.world, address)
+            self.actor = ranks.build_actor(run, run.learner.layout, self.rank, self.world, address, start)
             if run.needs_reference:
                 self.reference = ranks.build_reference(run, run.reference.layout, self.actor, folder)
         self.dtype = DTYPES[run.engine.dtype or run.model.dtype]
@@ -166,8 +163,3 @@ class LearnerWorker(Process):
             dtype=model.network.dtype,
             device=describe(model.device),
         )
-
-
-def at(model: Model, folder: str) -> Model:
-    """The same model with its weights in a folder."""
-    return model.model_copy(update={"path": folder, "new": None})
