@@ -20,8 +20,10 @@ from tandem.checkpoint.sharded import read_sharded, write_sharded
 from tandem.config import Run
 from tandem.config.layout import Layout
 from tandem.config.sections import Model
+from tandem.engine.probe import policy_logp, probe_tokens
 from tandem.learner import Actor
 from tandem.model import load
+from tandem.model.asleep import Asleep
 from tandem.model.new import new_tokenizer
 from tandem.model.parallel.grid import Grid, connect
 from tandem.model.parallel.load import load_sharded
@@ -32,6 +34,7 @@ from tandem.types import Experience, take
 from tiny_step import experience, run
 
 CPU = torch.device("cpu")
+PROBE = probe_tokens(264, 128)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +186,10 @@ def update(case: Case, folder: Path, out: Path, rank: int) -> None:
     logp_BT = actor.logprobs(part)
     figures = actor.update([part, part], 0.05)
     weights = weights_of(actor)
+    actor.model.module.eval()
+    probe_T = torch.tensor(policy_logp(actor.model, PROBE))
     if rank == 0:
-        save_file({"logp_BT": logp_BT, **weights}, f"{out}.safetensors")
+        save_file({"logp_BT": logp_BT, "probe_T": probe_T, **weights}, f"{out}.safetensors")
         Path(f"{out}.json").write_text(json.dumps(figures))
 
 
@@ -208,6 +213,9 @@ def go_on(case: Case, folder: Path, saved: Path, layout: str, rank: int) -> None
     assert actor.optimizer.updates == 2
     for name, values in load_file(f"{saved} masters.safetensors").items():
         assert torch.equal(masters_of(actor)[name], values), f"{layout}: master of {name}"
+    asleep = Asleep(actor.tensors, CPU)
+    assert asleep.nbytes > sum(weight.nbytes for weight in actor.optimizer.masters.values())
+    asleep.wake()
     then = load_file(f"{saved} then.safetensors")
     for name, weight in actor.weights():
         assert torch.allclose(weight, then[name], atol=1e-7, rtol=1e-6), f"{layout}: {name}"

@@ -300,8 +300,8 @@ def test_difference_lets_pass_what_may_change_on_resume(tmp_path):
         "reference.layout.context=2",
         "reward.workers=4",
     ]
-    elsewhere = ["placement.kind=apart", "placement.engines=2"]  # where profile=true is refused
-    assert len(free) + 1 == len(FREE_ON_RESUME)
+    elsewhere = ["placement.kind=colocated", "learner.sleep=true"]  # where profile=true is refused
+    assert len(free) + 2 == len(FREE_ON_RESUME)
     assert difference(load(path), load(path, free)) == []
     assert difference(load(path), load(path, elsewhere)) == []
     assert FREE_ON_RESUME and all(key in keys() for key in FREE_ON_RESUME)

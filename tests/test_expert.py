@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from expert_ranks import CASES, FAMILIES, SAVED, everything
-from parallel_ranks import CPU, launch, single, weights_of
+from parallel_ranks import CPU, PROBE, launch, single, weights_of
 from tandem.checkpoint.sharded import export_sharded
 from tandem.config.layout import Layout
+from tandem.engine.probe import policy_logp
 from tandem.engine.weights import named_tensors
 from tandem.errors import ConfigError, RunError
 from tandem.learner import Actor
@@ -42,12 +43,15 @@ def test_experts_elsewhere_do_what_experts_here_do(place, world, name):
     logp_BT, start = actor.logprobs(part), weights_of(actor)
     figures = actor.update([part, part], 0.05)
     weights = weights_of(actor)
+    actor.model.module.eval()
+    probe_T = torch.tensor(policy_logp(actor.model, PROBE))
     moved = {n: float((weights[n] - start[n]).abs().max()) for n in weights}
     assert max(moved.values()) > 2e-3
     on_experts = not made.lora or "down_proj" in made.targets or made.targets == "all-linear"
     assert not on_experts or max(size for n, size in moved.items() if ".experts." in n) > 2e-3
     theirs = load_file(place / f"{world} {name}.safetensors")
     torch.testing.assert_close(theirs.pop("logp_BT"), logp_BT, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(theirs.pop("probe_T"), probe_T, atol=1e-4, rtol=1e-5)
     assert theirs.keys() == weights.keys()
     for key, weight in weights.items():
         torch.testing.assert_close(

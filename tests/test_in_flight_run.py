@@ -52,7 +52,7 @@ def slow(monkeypatch):
             return ThreadWorker(made[-1], f"engine {number}")
 
         placement = Placement(kind="apart", engines=count, backoff_s=0.0, engine_timeout_s=1.0)
-        closing.append(engines.Engines(spawn, lambda number: True, placement, Reading()))
+        closing.append(engines.Engines(spawn, lambda number: True, placement, Reading(), lambda: None))
         return closing[-1], made
 
     yield built

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 from parallel_ranks import (
     CASES,
     CPU,
+    PROBE,
     RESUMED,
     SAVED,
     Case,
@@ -25,6 +26,7 @@ from parallel_ranks import (
 from tandem.checkpoint.sharded import export_sharded, read_sharded
 from tandem.config.layout import Layout
 from tandem.config.sections import Model
+from tandem.engine.probe import policy_logp
 from tandem.errors import ConfigError
 from tandem.learner import Actor, micro_batches, silenced
 from tandem.model import load
@@ -60,9 +62,12 @@ def test_many_processes_do_what_one_does(place, world, name):
     logp_BT, start = actor.logprobs(part), weights_of(actor)
     figures = actor.update([part, part], 0.05)
     weights = weights_of(actor)
+    actor.model.module.eval()
+    probe_T = torch.tensor(policy_logp(actor.model, PROBE))
     assert max(float((weights[n] - start[n]).abs().max()) for n in weights) > 2e-3
     theirs = load_file(place / f"{world} {name}.safetensors")
     torch.testing.assert_close(theirs.pop("logp_BT"), logp_BT, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(theirs.pop("probe_T"), probe_T, atol=1e-4, rtol=1e-5)
     assert theirs.keys() == weights.keys()
     for key, weight in weights.items():
         torch.testing.assert_close(theirs[key], weight, atol=1e-5, rtol=1e-5, msg=key)

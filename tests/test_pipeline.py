@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from parallel_ranks import CPU, launch, single, weights_of
+from parallel_ranks import CPU, PROBE, launch, single, weights_of
 from pipeline_ranks import CASES, FAMILIES, case, everything
 from tandem.config.layout import Layout
 from tandem.config.sections import Model
+from tandem.engine.probe import policy_logp
 from tandem.errors import ConfigError
 from tandem.learner import Actor
 from tandem.model import load
@@ -40,9 +41,12 @@ def test_stages_do_what_one_process_does(place, world, name):
     logp_BT, start = actor.logprobs(part), weights_of(actor)
     figures = actor.update([part, part], 0.05)
     weights = weights_of(actor)
+    actor.model.module.eval()
+    probe_T = torch.tensor(policy_logp(actor.model, PROBE))
     assert max(float((weights[n] - start[n]).abs().max()) for n in weights) > 2e-3
     theirs = load_file(place / f"{world} {name}.safetensors")
     torch.testing.assert_close(theirs.pop("logp_BT"), logp_BT, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(theirs.pop("probe_T"), probe_T, atol=1e-4, rtol=1e-5)
     assert theirs.keys() == weights.keys()
     for key, weight in weights.items():
         torch.testing.assert_close(

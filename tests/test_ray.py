@@ -21,6 +21,8 @@ from tandem.config import load
 from tandem.errors import ConfigError
 from tandem.journal import read_metrics
 from tandem.placement.cluster.build import weights_root
+from tandem.placement.cluster.learners import Learners, RemoteReference
+from tandem.placement.cluster.parcel import Parcel
 from tandem.train.run import Launch, train
 from tandem.train.session import Session
 
@@ -49,8 +51,23 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "run" / "model" / "model.safetensors")
 
 
-def test_colocated_is_the_run_of_one_process(inline, tmp_path):
-    assert run_in(tmp_path, placement={"kind": "colocated", **RAY}) == inline
+def test_colocated_is_the_run_of_one_process_though_learners_sleep(inline, tmp_path, monkeypatch):
+    """Weights, moments and reference leave the device for each sampling, and come back as they were."""
+    left, call = [], Learners.call
+
+    def watched(self, method, *rest, **more):
+        value = call(self, method, *rest, **more)
+        if method == "sleep":
+            left.append(value)
+        return value
+
+    monkeypatch.setattr(Learners, "call", watched)
+    learner = {"optimizer": {"lr": 1e-3}, "sleep": True}
+    assert run_in(tmp_path, placement={"kind": "colocated", **RAY}, learner=learner) == inline
+    # Before the first update there are weights and reference; from then on moments of the same size too.
+    size = sum(tensor.nbytes for tensor in weights(tmp_path).values())
+    assert len(left) == 21, "at the start, and after each update"
+    assert 2 * size <= left[0] < 3 * size and 4 * size <= left[-1] < 5 * size
 
 
 def test_apart_is_the_run_of_one_process_though_an_engine_dies_and_another_hangs(
@@ -75,12 +92,40 @@ def test_apart_is_the_run_of_one_process_though_an_engine_dies_and_another_hangs
     assert not any(psutil.pid_exists(pid) for pid in seen)
 
 
-def test_several_engines_and_learners_do_what_one_process_does(inline, tmp_path):
+def test_reference_work_beside_sampling_changes_nothing(tmp_path, monkeypatch):
+    """Four units a step, each begun when the answers to its question are there."""
+    begun, begin = [], RemoteReference.begin
+
+    def watched(self, unit):
+        begun.append(unit.size)
+        begin(self, unit)
+
+    monkeypatch.setattr(RemoteReference, "begin", watched)
+    keys = {"steps": 3, "learner": {"optimizer": {"lr": 1e-3}, "tokens_per_forward": 48}}
+    expected = run_in(tmp_path / "inline", **keys)
+    assert not begun
+    assert run_in(tmp_path / "apart", placement={"kind": "apart", **RAY}, **keys) == expected
+    assert begun == [4] * 4 * 3
+    row = read_metrics(tmp_path / "apart" / "run" / "metrics.jsonl")[1]
+    assert row["timing/reference_model"] > 0 and row["timing/resharding_to_infer"] > 0
+    assert "timing/non_overlap_reference_model" in row and row["timing/non_overlap_adv"] == row["timing/adv"]
+
+
+def test_several_engines_and_learners_do_what_one_process_does(inline, tmp_path, monkeypatch):
+    """And every engine is held to the log-probabilities that the learners compute together."""
+    checked, check = [], Parcel.check
+
+    def watched(self, engine, scores):
+        checked.append((self.offer.version, len(self.logp), len(scores)))
+        check(self, engine, scores)
+
+    monkeypatch.setattr(Parcel, "check", watched)
     ours = run_in(tmp_path, placement={"kind": "apart", **RAY, "engines": 2, "learners": 2}, steps=6)
     for row, other in zip(ours[:6], inline[:6], strict=True):
         assert row["reward/mean"] == other["reward/mean"] and row["version"] == other["version"]
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
         assert row["kl/reference"] == pytest.approx(other["kl/reference"], abs=1e-6)
+    assert checked[:2] == [(0, 31, 31)] * 2, "both engines, before the first answer"
 
 
 def test_a_checkpoint_goes_on_with_one_learner_or_several(inline, tmp_path):
@@ -151,6 +196,11 @@ def test_an_error_inside_a_worker_says_role_node_and_cause(tmp_path):
 def test_keys_that_cannot_be_meant_are_refused(tmp_path, keys, said):
     with pytest.raises(ConfigError, match=said):
         load(recipe(tmp_path, placement=keys))
+
+
+def test_learners_sleep_only_beside_engines(tmp_path):
+    with pytest.raises(ConfigError, match="no engine of another process waits"):
+        load(recipe(tmp_path, placement={"kind": "apart"}, learner={"sleep": True}))
 
 
 def test_colocated_refuses_lag_and_apart_other_roads(tmp_path):

@@ -40,6 +40,13 @@ def free_bytes(device: torch.device) -> int | None:
     return None if device.type == "cpu" else int(torch.accelerator.get_memory_info(device)[0])
 
 
+def give_back(device: torch.device) -> None:
+    """Let other processes have the memory that no tensor uses; the CPU keeps none."""
+    if device.type != "cpu":
+        synchronize(device)
+        torch.accelerator.empty_cache()
+
+
 def describe(device: torch.device) -> str:
     """Name for reports."""
     if device.type == "cpu":

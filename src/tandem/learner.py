@@ -12,6 +12,7 @@ from tandem.config.run import Run
 from tandem.config.sections import Algorithm
 from tandem.errors import RunError
 from tandem.model import LanguageModel, token_logprobs
+from tandem.model.parallel.mesh import local
 from tandem.optimizer import Optimizer
 from tandem.types import Batch, BatchT, Experience, take, to_device
 
@@ -47,6 +48,13 @@ def micro_batches(
     return [torch.tensor(pack) for pack in packs]
 
 
+def units(batch: Batch, groups: int) -> Iterator[Tensor]:
+    """Row indices of every so many groups in turn."""
+    unit_B = batch.group_B // groups
+    for unit in unit_B.unique():
+        yield (unit_B == unit).nonzero().squeeze(1)
+
+
 def silenced(batch: BatchT) -> BatchT:
     """The shortest row with nothing in it to train or to weigh."""
     row = take(batch, batch.length_B.argmin()[None])
@@ -67,6 +75,12 @@ class Role:
     def dtype(self) -> torch.dtype:
         """Of the weights in the forward pass."""
         return self.model.network.dtype
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is kept from step to step, what is here of it."""
+        module = self.model.module
+        return [local(tensor) for tensor in (*module.parameters(), *module.buffers())]
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> Tensor:
@@ -133,6 +147,10 @@ class Actor(Role):
         self.nonfinite_in_a_row = 0
         if run.learner.checkpointing:
             model.network.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors, *self.optimizer.tensors]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """All weights, whole, by their names in a Hugging Face folder. All processes iterate, in step."""
@@ -223,8 +241,13 @@ class Reference(Role):
         self.adapter_off = adapter_off
 
     def logprobs(self, batch: Batch) -> Tensor:
+        """Each unit as if it were alone, so that one may be computed as soon as its answers are there."""
+        logp_BT = torch.zeros(batch.tokens_BT.shape)
         with self.model.base() if self.adapter_off else nullcontext():
-            return super().logprobs(batch)
+            for rows in units(batch, self.run.reference_unit):
+                unit_BT = super().logprobs(take(batch, rows))
+                logp_BT[rows, : unit_BT.shape[1]] = unit_BT
+        return logp_BT
 
     def refresh(self, actor: Actor) -> None:
         """Take over the actor's weights."""

@@ -120,6 +120,12 @@ class Optimizer:
         self.updates += 1
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All that is kept from update to update, masters among it, and the weights where they are masters."""
+        moments = [t for state in self.adamw.state.values() for t in state.values()]
+        return [*moments, *self._masters]
+
+    @property
     def masters(self) -> dict[str, Tensor]:
         """What AdamW steps, by the name of its weight."""
         return dict(zip(self.names, self._masters))

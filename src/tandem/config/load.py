@@ -35,6 +35,7 @@ FREE_ON_RESUME = (
     "journal",
     "learner.tokens_per_forward",
     "learner.layout",
+    "learner.sleep",
     "reference.layout",
     "reward.workers",
 )

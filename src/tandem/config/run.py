@@ -79,6 +79,15 @@ class Run(Section):
         return self.algorithm.kl.coef > 0
 
     @property
+    def reference_unit(self) -> int:
+        """Groups whose reference log-probabilities are computed together, in the order of their prompts: as many as
+        fill a forward, and at least an eighth of a step. Fixed, so that it changes nothing when a unit is computed."""
+        s, learner = self.sampling, self.learner
+        longest = s.answers_per_prompt * s.max_answer_tokens
+        full = self.placement.learners * learner.tokens_per_forward // longest
+        return max(1, full, -(-s.prompts_per_step // 8))
+
+    @property
     def old_logp(self) -> Literal["none", "recompute", "rollout"]:
         """Where the ratio's denominator comes from; none where the ratio is 1."""
         if self.algorithm.old_logp == "auto":
@@ -151,6 +160,11 @@ class Run(Section):
             raise ValueError(
                 f"learner.compile=true needs placement.learners=1, not {self.placement.learners}: the layers of a "
                 "model that lies on several processes are not compiled; set it to false"
+            )
+        if learner.sleep and self.placement.kind != "colocated":
+            raise ValueError(
+                f"learner.sleep=true: with placement.kind={self.placement.kind} no engine of another process waits for "
+                "the learner's memory; leave it false, or use colocated"
             )
         if self.placement.kind != "inline" and self.profile:
             raise ValueError("profile=true traces this process; it needs placement.kind=inline")

@@ -7,12 +7,14 @@ from typing import Protocol
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 
 from tandem.engine.random import key
 from tandem.engine.weights import dtype_name
 from tandem.errors import RunError
 from tandem.model import LanguageModel
 from tandem.model.logprobs import token_logprobs
+from tandem.types import Batch, to_device
 
 LENGTH = 32
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -37,15 +39,45 @@ def probe_tokens(vocab_size: int, max_positions: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def policy_logp(model: LanguageModel, tokens: tuple[int, ...]) -> list[float]:
-    """Log-probability of each token but the first, at temperature 1."""
-    tokens_BT = torch.tensor([tokens], device=model.device)
-    mask_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
-    mask_BT[:, 0] = False
-    length_B = torch.tensor([len(tokens)], device=model.device)
-    logp_BT, _ = token_logprobs(
-        model, tokens_BT, mask_BT, length_B, temperature=1.0, logits_bytes=4 * model.vocab_size * LENGTH
+    """Log-probability of each token but the first, at temperature 1. Of a model on many processes all compute it
+    together, and each has it."""
+    logp_T = torch.zeros(len(tokens))
+
+    def keep(_: Tensor, row: Batch) -> None:
+        logp_BT, _ = token_logprobs(
+            model,
+            row.tokens_BT,
+            row.mask_BT,
+            row.length_B,
+            prompt_length_B=row.prompt_length_B,
+            group_B=row.group_B,
+            temperature=1.0,
+            logits_bytes=4 * model.vocab_size * LENGTH,
+        )
+        # Those that share out sequences all have this one.
+        if model.mesh.data_rank == 0:
+            logp_T.copy_(logp_BT[0])
+
+    model.forward_each([(torch.tensor([0]), to_device(row_of(tokens), model.device))], keep)
+    return model.mesh.sum(logp_T)[1:].tolist()
+
+
+def row_of(tokens: tuple[int, ...]) -> Batch:
+    """The tokens as the answer to the first of them."""
+    tokens_BT = torch.tensor([tokens])
+    zero_BT, zero_B = torch.zeros(tokens_BT.shape), torch.zeros(1, dtype=torch.long)
+    return Batch(
+        tokens_BT=tokens_BT,
+        mask_BT=torch.arange(len(tokens))[None] > 0,
+        rollout_logp_BT=zero_BT,
+        policy_logp_BT=zero_BT,
+        reward_B=torch.zeros(1),
+        group_B=zero_B,
+        length_B=torch.tensor([len(tokens)]),
+        prompt_length_B=torch.ones(1, dtype=torch.long),
+        truncated_B=torch.zeros(1, dtype=torch.bool),
+        version_B=zero_B,
     )
-    return logp_BT[0, 1:].tolist()
 
 
 def check_probe(engine: Scores, model: LanguageModel, version: int, dtype: torch.dtype) -> float:

@@ -103,7 +103,8 @@ _NAMES_ELSEWHERE = (
     (
         "timing/<stage>",
         "`timing/<stage>` (MindSpeed-RL)",
-        "`timing/reward` is its `rule_reward`",
+        "`timing/reward` and `timing/non_overlap_reward` are its `rule_reward`; the reference comes and goes with the "
+        "learner, without an `onload` of its own",
     ),
     ("frac_zero_std", "`frac_reward_zero_std` (TRL)", "none"),
 )
@@ -241,7 +242,8 @@ _TIME = {
     "timing/non_overlap_rollout": Metric(
         "waiting for answers, with nothing to train on",
         "s",
-        "with Ray only; what sampling beside training does not hide. timing/rollout then runs on its own clock",
+        "what sampling beside training does not hide; in one process all of it. With Ray timing/rollout runs on its "
+        "own clock",
     ),
     "timing/reward": Metric("scoring the answers", "s", "most of it while others are still being sampled"),
     "timing/non_overlap_reward": Metric(
@@ -251,9 +253,25 @@ _TIME = {
         "log-probabilities before the update", "s", "absent where they are not needed"
     ),
     "timing/reference_model": Metric("log-probabilities of the reference", "s", "absent where not needed"),
+    "timing/non_overlap_reference_model": Metric(
+        "waiting for the reference after the last answer",
+        "s",
+        "what sampling does not hide: with placement.kind=apart, sampling.max_lag=0 and algorithm.keep=all the "
+        "reference works on groups as their answers are complete; elsewhere all of it",
+    ),
     "timing/adv": Metric("advantages and weights", "s", ""),
+    "timing/non_overlap_adv": Metric("the same", "s", "nothing hides it"),
     "timing/update": Metric("all updates of the step", "s", ""),
-    "timing/publish": Metric("handing the weights to the sampler", "s", ""),
+    "timing/resharding_to_infer": Metric(
+        "gathering the weights and the engines' taking them, proof included",
+        "s",
+        "absent where sampler and trainer have the same weights",
+    ),
+    "timing/resharding_to_train": Metric(
+        "engines going to sleep and learners waking",
+        "s",
+        "with Ray only; 0 where they share no device. Learners going to sleep is in timing/rollout",
+    ),
     "timing/eval": Metric("evaluation", "s", ""),
     "timing/save": Metric("checkpoint", "s", ""),
     "e2e_tps": Metric("(prompt + answer tokens) / timing/all", "tokens/s", "per process"),

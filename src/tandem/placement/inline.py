@@ -1,6 +1,7 @@
 """Everything in one process: the sampler decodes with the very weights that the actor trains."""
 
 import copy
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ class Roles:
     kl: KlController
     copy: CopiedEngine | None = None
     """The engine, where it samples from a copy of the actor's weights."""
+    sending_s: float = 0.0
 
     def publish(self, version: int) -> None:
         """Give the actor's weights to the sampler, and to the reference when it is due. In one process the sampler
@@ -48,13 +50,23 @@ class Roles:
     def serve(self, version: int) -> None:
         """The sampler samples from the actor's present weights, which are of this version."""
         if self.copy is not None:
+            began = time.monotonic()
             self.copy.send(version)
+            self.sending_s += time.monotonic() - began
         self.sampler.version = version
 
     def on_learners(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """`work(actor, reference, *arguments)`, in whichever process these are; in all of them, where there are
         several, and the value is then that of the first."""
         return work(self.actor, self.reference, *arguments)
+
+    def take_seconds(self) -> dict[str, float]:
+        """Time spent since the last call, by stage, beside that of the loop's own."""
+        seconds = self.sampler.take_seconds()
+        seconds["timing/non_overlap_rollout"] = seconds["timing/rollout"]
+        if self.copy is not None:
+            seconds["timing/resharding_to_infer"], self.sending_s = self.sending_s, 0.0
+        return seconds
 
     def close(self) -> None:
         """Let go of everything that would outlive the run."""

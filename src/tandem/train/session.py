@@ -118,7 +118,7 @@ class Session:
         return self.last.figures
 
     def _clock(self, groups: list[Group]) -> dict[str, float]:
-        seconds = self.timer.take() | self.roles.sampler.take_seconds()
+        seconds = waited(self.timer.take()) | self.roles.take_seconds()
         rollouts = [r for g in groups for r in g.rollouts]
         prompt_tokens = sum(r.prompt_length for r in rollouts)
         rates = throughput(prompt_tokens, sum(r.answer_length for r in rollouts), seconds)
@@ -131,6 +131,12 @@ class Session:
     def _epochs(self) -> float:
         cursor = self.roles.stream.cursor
         return cursor.epoch + cursor.index / cursor.size
+
+
+def waited(seconds: dict[str, float]) -> dict[str, float]:
+    """The loop's own seconds, and among them those of stages that may have been worked on before it came there."""
+    stages = [stage for stage in ("reference_model", "adv") if f"timing/{stage}" in seconds]
+    return seconds | {f"timing/non_overlap_{stage}": seconds[f"timing/{stage}"] for stage in stages}
 
 
 def device_bytes(actor: Actor, reference: Reference | None) -> int:

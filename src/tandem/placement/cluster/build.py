@@ -5,6 +5,7 @@ import importlib
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ class RemoteRoles:
     open: ExitStack = field(default_factory=ExitStack)
     """Closes everything, the last opened first."""
     sent: int = 0
+    sending_s: float = 0.0
 
     def publish(self, version: int) -> None:
         """The engines take the actor's weights when they are done with what they were asked before, or at once where
@@ -63,17 +65,36 @@ class RemoteRoles:
         """Answers that are asked for from now on come from the actor's present weights, which are of this version."""
         self.sent += 1
         verify = self.actor.run.engine.verifies(self.sent)
+        began = time.monotonic()
         parcel = self.learners.call("offer", version, verify)
-        if self.actor.run.sampling.in_flight:
+        self.sending_s += time.monotonic() - began
+
+        in_flight = self.actor.run.sampling.in_flight
+        if in_flight:
             self.engines.offer(parcel)
-            self.line.submit(self.engines.settle)
-        else:
-            self.line.submit(lambda: self.engines.update(parcel))
+
+        def take() -> None:
+            began = time.monotonic()
+            if in_flight:
+                self.engines.settle()
+            else:
+                self.engines.update(parcel)
+            self.sending_s += time.monotonic() - began
+
+        self.line.submit(take)
         self.sampler.version = version
 
     def on_learners(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """`work(actor, reference, *arguments)` in every learner; the value is that of the first."""
         return self.learners.call("apply", work, *arguments)
+
+    def take_seconds(self) -> dict[str, float]:
+        """As `inline.Roles.take_seconds`, on the clocks of those who work."""
+        seconds = self.sampler.take_seconds()
+        if self.reference is not None:
+            seconds["timing/reference_model"] = self.reference.take_seconds()
+        seconds["timing/resharding_to_infer"], self.sending_s = self.sending_s, 0.0
+        return seconds | {"timing/resharding_to_train": self.learners.take_turn_s()}
 
     def close(self) -> None:
         self.open.close()
@@ -117,7 +138,7 @@ def build(
         stream = Stream(sampler=inner, prompts=prompts, cursor=cursor, watch=watch)
         roles = RemoteRoles(
             actor=placed.actor(facts),
-            reference=placed.reference() if run.needs_reference else None,
+            reference=placed.reference(inner) if run.needs_reference else None,
             sampler=SamplerInLine(inner, line),
             stream=AheadStream(stream, line),
             kl=KlController(kl.coef, kl.target, kl.horizon),

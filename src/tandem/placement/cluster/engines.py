@@ -105,9 +105,12 @@ class Engines:
         has_room: Callable[[int], bool],
         placement: Placement,
         road: Reading | Broadcasting,
+        turn: Callable[[], None],
     ) -> None:
-        """`spawn` starts the engine of a number, which waits for room where its node was lost and no other has any."""
-        self._spawn, self._has_room, self.placement, self._road = spawn, has_room, placement, road
+        """`spawn` starts the engine of a number, which waits for room where its node was lost and no other has any;
+        `turn` is called before they sample: where learners share their devices it may put these to sleep."""
+        self._spawn, self._has_room, self._turn = spawn, has_room, turn
+        self.placement, self._road = placement, road
         self.seats = [Seat(number) for number in range(placement.engines)]
         self.version = self._calls = 0
         self._parcel: Parcel | None = None
@@ -143,6 +146,7 @@ class Engines:
         on_done: Callable[[int, Completion], None],
     ) -> list[Completion]:
         """One completion per request, in order; `on_done(index, completion)` sees each within a second."""
+        self._turn()
         self._awake = True
         job = Job(list(requests), params, on_done)
         job.waiting.extend(shares(requests, max(1, sum(map(self._ready, self.seats)))))

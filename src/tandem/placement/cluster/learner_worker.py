@@ -1,5 +1,6 @@
 """One of the processes that train: actor, reference, and the sending end of the weights' road."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from tandem.engine.roads import FilesRoad, Meeting
 from tandem.engine.weights import ModelWeights, Offer, TensorSpec, Weights, spec_of
 from tandem.learner import Actor, Reference
 from tandem.model import load, tokenizer_of
+from tandem.model.asleep import Asleep
 from tandem.model.compiled import compile_blocks
 from tandem.model.load import DTYPES
 from tandem.placement import ranks
@@ -88,9 +90,12 @@ class LearnerWorker(Process):
     def logprobs(self, batch: Batch) -> Tensor | None:
         return self._first(self.actor.logprobs(batch))
 
-    def reference_logprobs(self, batch: Batch) -> Tensor | None:
+    def reference_logprobs(self, batch: Batch) -> tuple[Tensor, float] | None:
+        """And the seconds that they took."""
         assert self.reference is not None
-        return self._first(self.reference.logprobs(batch))
+        began = time.monotonic()
+        logp_BT = self.reference.logprobs(batch)
+        return self._first((logp_BT, time.monotonic() - began))
 
     def update(self, parts: Sequence[Experience], kl_coef: float) -> tuple[Any, Any] | None:
         """The figures of the update, and the actor's counters after it."""
@@ -106,19 +111,31 @@ class LearnerWorker(Process):
 
     def offer(self, version: int, verify: bool) -> Parcel | None:
         """Put the weights as they are now on the road."""
-        if self.rank:
+        offer = None
+        if self.rank == 0:
+            offer = self.road.offer(version, self.weights, verify=verify)
+        else:
             for _ in self.weights:
                 pass
-            return None
-        offer = self.road.offer(version, self.weights, verify=verify)
         model, logp = self.actor.model, ()
         probe = probe_tokens(model.vocab_size, model.max_positions)
-        # Of a model on many processes one alone can say nothing; checksums stand for it.
-        if verify and self.world == 1:
+        if verify:
             model.module.eval()
             logp = tuple(policy_logp(model, probe))
         tolerance = max(TOLERANCE[self.dtype], TOLERANCE[model.network.dtype])
-        return Parcel(offer, probe, logp, tolerance)
+        return None if offer is None else Parcel(offer, probe, logp, tolerance)
+
+    def sleep(self) -> int:
+        """Give the device's memory to the engine beside it; returns the bytes that wait in host memory."""
+        tensors = self.actor.tensors
+        if self.reference is not None:
+            tensors += self.reference.tensors
+        self._asleep = Asleep(tensors, self.actor.model.device)
+        return self._asleep.nbytes
+
+    def wake(self) -> None:
+        """Everything is where it was."""
+        self._asleep.wake()
 
     @port.beside
     def meet(self, number: int, size: int, timeout_s: float) -> Meeting:

@@ -1,17 +1,20 @@
 """The actor and the reference as the loop sees them, while the work is done by the learners."""
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tandem.config.run import Run
 from tandem.errors import RunError
+from tandem.learner import units
 from tandem.placement.cluster import port
 from tandem.placement.cluster.learner_worker import Facts
 from tandem.placement.cluster.lost import WorkerLost
-from tandem.types import Batch, Experience
+from tandem.types import Batch, Experience, Group, collate, take
 
 ROOT_CAUSE_S = 3.0
 """When one learner fails the others lose their connection to it; so long the one that began it is looked for."""
@@ -23,18 +26,50 @@ class Learners:
     def __init__(self, workers: Sequence[port.Worker], run: Run, turn: Callable[[], None]) -> None:
         """`turn` is called before they compute: where engines share their devices it puts these to sleep."""
         self.workers, self.run, self._turn = workers, run, turn
+        self._asleep = False
+        self._asking = threading.Lock()
+        self.turn_s = 0.0
+        """Spent on taking turns with engines, for `take_turn_s`."""
+
+    def sleep(self) -> None:
+        """Give the devices' memory to the engines, until something is asked of the learners."""
+        if not self._asleep:
+            self.call("sleep")
+            self._asleep = True
 
     def compute(self, method: str, *arguments: Any) -> Any:
         """As `call`, for what takes the devices' memory."""
+        began = time.monotonic()
         self._turn()
+        self._wake()
+        self.turn_s += time.monotonic() - began
         return self.call(method, *arguments)
 
     def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
         """The same call on every rank; the value of rank 0."""
+        return self.finish(self.begin(method, *arguments), timeout_s)
+
+    def begin(self, method: str, *arguments: Any) -> list[port.Call]:
+        """Start the same call on every rank; what several threads ask for reaches all in the same order."""
+        self._wake()
         if len(self.workers) > 1:
             arguments = tuple(port.share(argument) for argument in arguments)
-        calls = [worker.call(method, *arguments) for worker in self.workers]
+        with self._asking:
+            return [worker.call(method, *arguments) for worker in self.workers]
+
+    def finish(self, calls: list[port.Call], timeout_s: float | None = None) -> Any:
+        """The value of rank 0, when all are done."""
         return self._results(calls, timeout_s or self.run.placement.learner_timeout_s)[0]
+
+    def take_turn_s(self) -> float:
+        """Seconds since the last call in which engines went to sleep and learners woke."""
+        taken, self.turn_s = self.turn_s, 0.0
+        return taken
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self._asleep = False
+            self.call("wake")
 
     def _results(self, calls: list[port.Call], timeout_s: float) -> list[Any]:
         deadline = time.monotonic() + timeout_s
@@ -108,13 +143,67 @@ class RemoteActor:
 
 
 class RemoteReference:
-    """Where the KL term pulls to."""
+    """Where the KL term pulls to. What was begun while others were still answered is not computed again."""
 
     def __init__(self, learners: Learners) -> None:
-        self.learners = learners
+        self.learners, self.run = learners, learners.run
+        self._begun: dict[bytes, list[port.Call]] = {}
+        self._seconds = 0.0
+
+    def begin(self, unit: Batch) -> None:
+        """Start on a unit (`Run.reference_unit`) whose answers are there."""
+        self._begun[content(unit)] = self.learners.begin("reference_logprobs", unit)
 
     def logprobs(self, batch: Batch) -> Tensor:
-        return self.learners.compute("reference_logprobs", batch)
+        if not self._begun:
+            return self._timed(self.learners.compute("reference_logprobs", batch))
+        logp_BT = torch.zeros(batch.tokens_BT.shape)
+        for rows in units(batch, self.run.reference_unit):
+            unit = take(batch, rows)
+            calls = self._begun.pop(content(unit), None) or self.learners.begin("reference_logprobs", unit)
+            unit_BT = self._timed(self.learners.finish(calls))
+            logp_BT[rows, : unit_BT.shape[1]] = unit_BT
+        self._begun.clear()
+        return logp_BT
+
+    def take_seconds(self) -> float:
+        """That the learners worked on what was asked for since the last call."""
+        taken, self._seconds = self._seconds, 0.0
+        return taken
+
+    def _timed(self, result: tuple[Tensor, float]) -> Tensor:
+        logp_BT, seconds = result
+        self._seconds += seconds
+        return logp_BT
 
     def refresh(self, actor: RemoteActor) -> None:
         self.learners.call("refresh")
+
+
+class Meanwhile:
+    """Starts the reference on each unit of a step as soon as the answers of its groups are there, while learners have
+    nothing else to do. Called as `Sampler.on_group`."""
+
+    def __init__(self, reference: RemoteReference) -> None:
+        self.reference, self.run = reference, reference.run
+        self._waiting: dict[int, dict[int, Group]] = {}
+
+    @staticmethod
+    def helps(run: Run) -> bool:
+        """Learners have devices of their own and wait for answers, and no group is refused afterwards, which would make
+        its work useless."""
+        return run.placement.kind == "apart" and run.sampling.max_lag == 0 and run.algorithm.keep == "all"
+
+    def __call__(self, place: int, group: Group) -> None:
+        size = self.run.reference_unit
+        unit = place // size
+        groups = self._waiting.setdefault(unit, {})
+        groups[place] = group
+        if len(groups) == min(size, self.run.sampling.prompts_per_step - unit * size):
+            self.reference.begin(collate([groups[i] for i in sorted(groups)]))
+            del self._waiting[unit]
+
+
+def content(batch: Batch) -> bytes:
+    """What log-probabilities depend on, to tell two batches apart."""
+    return b"".join(t.numpy().tobytes() for t in (batch.length_B, batch.prompt_length_B, batch.tokens_BT))

@@ -10,8 +10,9 @@ from tandem.placement.cluster.broadcast import Broadcasting, Reading
 from tandem.placement.cluster.engine_worker import EngineWorker
 from tandem.placement.cluster.engines import Engines
 from tandem.placement.cluster.learner_worker import Facts, LearnerWorker
-from tandem.placement.cluster.learners import Learners, RemoteActor, RemoteReference
+from tandem.placement.cluster.learners import Learners, Meanwhile, RemoteActor, RemoteReference
 from tandem.placement.cluster.port import Cluster, Worker
+from tandem.rollout import Sampler
 
 
 def cpus(run: Run) -> int:
@@ -37,7 +38,8 @@ class Placed:
         road: Reading | Broadcasting = Reading()
         if run.engine.transfer == "broadcast":
             road = Broadcasting(workers[0], run.engine.tensor_parallel, placement)
-        self.engines = Engines(self._spawn_engine, self._has_room, placement, road)
+        turn = self.learners.sleep if run.learner.sleep else nothing
+        self.engines = Engines(self._spawn_engine, self._has_room, placement, road, turn)
 
     @property
     def shared(self) -> bool:
@@ -67,8 +69,12 @@ class Placed:
     def actor(self, facts: Facts) -> RemoteActor:
         return RemoteActor(self.learners, facts)
 
-    def reference(self) -> RemoteReference:
-        return RemoteReference(self.learners)
+    def reference(self, sampler: Sampler) -> RemoteReference:
+        """Which works beside the sampler where it can."""
+        reference = RemoteReference(self.learners)
+        if Meanwhile.helps(self.run):
+            sampler.on_group = Meanwhile(reference)
+        return reference
 
     def _learners_turn(self) -> None:
         self.line.submit(self.engines.sleep).result()
@@ -101,4 +107,4 @@ def needs(run: Run, gpus_there: float) -> tuple[Mapping[str, float], Mapping[str
 
 
 def nothing() -> None:
-    """Learners that share no device with engines need not ask for their turn."""
+    """Who shares no device need not ask for its turn."""
