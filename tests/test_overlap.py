@@ -4,12 +4,15 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
 from tandem.config.placement import Placement
+from tandem.journal import read_metrics
 from tandem.learner import Reference, Role, units
+from tandem.train.run import train
 from tandem.types import collate, take
 from test_meanwhile import Staged
 from test_stream import COIN, make, model, scorer  # noqa: F401
@@ -115,6 +118,15 @@ def test_a_unit_alone_is_bit_for_bit_the_unit_among_others(prompts):
         alone_BT = reference.logprobs(take(whole, rows))
         assert torch.equal(alone_BT, logp_BT[rows, : alone_BT.shape[1]])
     torch.testing.assert_close(logp_BT, Role(reference.model, config).logprobs(whole), atol=1e-5, rtol=1e-5)
+
+
+def test_in_one_process_everything_is_waited_for(random_folder, make_run, quiet):
+    config = make_run(random_folder, steps=1, algorithm={"kl": {"coef": 0.1}})
+    train(config, quiet)
+    (row,) = read_metrics(Path(config.run_dir) / "metrics.jsonl")
+    for stage in ("rollout", "reference_model", "adv"):
+        assert row[f"timing/non_overlap_{stage}"] == row[f"timing/{stage}"] > 0
+    assert "timing/resharding_to_infer" not in row
 
 
 def test_dynamic_sampling_and_lag_leave_the_reference_for_afterwards(beside):
