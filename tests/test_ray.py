@@ -23,6 +23,7 @@ from tandem.journal import read_metrics
 from tandem.placement.cluster.build import weights_root
 from tandem.placement.cluster.learners import Learners, RemoteReference
 from tandem.placement.cluster.parcel import Parcel
+from tandem.train.interrupt import Interrupted
 from tandem.train.run import Launch, train
 from tandem.train.session import Session
 
@@ -68,6 +69,25 @@ def test_colocated_is_the_run_of_one_process_though_learners_sleep(inline, tmp_p
     size = sum(tensor.nbytes for tensor in weights(tmp_path).values())
     assert len(left) == 21, "at the start, and after each update"
     assert 2 * size <= left[0] < 3 * size and 4 * size <= left[-1] < 5 * size
+
+
+def test_a_signal_while_learners_sleep_saves_what_they_had(inline, tmp_path, monkeypatch):
+    keys = {
+        "steps": 4,
+        "placement": {"kind": "colocated", **RAY},
+        "learner": {"optimizer": {"lr": 1e-3}, "sleep": True},
+    }
+
+    def stop(self, *progress):
+        if self.boundary.step == 2:
+            raise Interrupted(15)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "_poll", stop)
+        with pytest.raises(Interrupted):
+            run_in(tmp_path, **keys)
+    assert newest(tmp_path / "run" / "checkpoints", strict=True).name == "step_00000002"
+    assert run_in(tmp_path, **keys)[:4] == inline[:4]
 
 
 def test_apart_is_the_run_of_one_process_though_an_engine_dies_and_another_hangs(

@@ -36,6 +36,12 @@ class Line:
             before.result()
         return work()
 
+    @property
+    def failed(self) -> bool:
+        """It does nothing any more."""
+        last = self._last
+        return last is not None and last.done() and not last.cancelled() and last.exception() is not None
+
     def close(self) -> None:
         """What was not begun is dropped; what was begun must come to its end soon."""
         self._thread.shutdown(wait=True, cancel_futures=True)

@@ -86,7 +86,7 @@ class RemoteRoles:
 
     def on_learners(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """`work(actor, reference, *arguments)` in every learner; the value is that of the first."""
-        return self.learners.call("apply", work, *arguments)
+        return self.learners.compute("apply", work, *arguments)
 
     def take_seconds(self) -> dict[str, float]:
         """As `inline.Roles.take_seconds`, on the clocks of those who work."""

@@ -176,6 +176,12 @@ class Engines:
         for seat, call in calls:
             self._result(seat, call)
 
+    def end(self) -> None:
+        """Give the devices' memory away for good, when nobody is to ask for answers any more."""
+        for seat in self.seats:
+            if seat.worker is not None:
+                seat.worker.kill()
+
     def close(self) -> None:
         """Whoever still waits for answers gets an error."""
         self._closing = True

@@ -77,7 +77,10 @@ class Placed:
         return reference
 
     def _learners_turn(self) -> None:
-        self.line.submit(self.engines.sleep).result()
+        if self.line.failed:
+            self.engines.end()
+        else:
+            self.line.submit(self.engines.sleep).result()
 
     def _spawn_learner(self, rank: int) -> Worker:
         return self.cluster.spawn(LearnerWorker, f"learner {rank}", rank, self._learner, 1, self.run, rank)
