@@ -101,12 +101,12 @@ class JoinedNodes:
 
     def __enter__(self) -> "JoinedNodes":
         try:
-            said = self._start("--head", f"--port={self.port}", "--include-dashboard=false", self.sizes[0])
+            said = self.start("--head", f"--port={self.port}", "--include-dashboard=false", self.sizes[0])
             found = re.search(r"--address='([\d.]+:\d+)'", said)
             assert found, said
             self.address = found[1]
             for size in self.sizes[1:]:
-                self._start(f"--address={self.address}", size)
+                self.start(f"--address={self.address}", size)
         except AssertionError:
             self.__exit__()
             raise
@@ -121,8 +121,8 @@ class JoinedNodes:
         for node in self._nodes:
             node.wait()
 
-    def _start(self, *words: str) -> str:
-        """Until the node runs; it stays a child of this process."""
+    def start(self, *words: str) -> str:
+        """One more node, until it runs; it stays a child of this process."""
         command = [
             RAY,
             "start",

@@ -4,7 +4,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,24 +44,26 @@ def kill_node(pid: int) -> None:
         end(process.pid)
 
 
-def lose_a_node(folder: Path, sizes: list[str], until: Callable[[str, str], bool]) -> None:
-    """A run of one learner and two engines, until the node without the learner is lost and `until(lost engine, what
-    the driver has said)` holds, and some steps more. Its first steps must be those of one process."""
-    run, said = folder / "run", folder / "said"
-    with JoinedNodes(folder, "--num-cpus=0", *sizes) as nodes, said.open("w") as output:
-        path = recipe(folder, **CHANGES | {"steps": 5000}, placement=PLACED | {"address": nodes.address})
+def test_engines_of_a_lost_node_are_made_up_for_and_go_on_where_there_is_room(tmp_path):
+    """The node that is left has room for one engine; the other one's place is on a node that joins."""
+    run, said = tmp_path / "run", tmp_path / "said"
+    size = "--num-cpus=2"
+    with JoinedNodes(tmp_path, "--num-cpus=0", size, size) as nodes, said.open("w") as output:
+        path = recipe(tmp_path, **CHANGES | {"steps": 5000}, placement=PLACED | {"address": nodes.address})
         command = [sys.executable, "-m", "tandem", "train", str(path)]
         driver = subprocess.Popen(command, env=nodes.environ, stdout=output, stderr=subprocess.STDOUT)
         try:
             wait_until("some steps are done", lambda: steps_done(run) >= 3)
-            ((stays, _),) = places(folder)["learner-0"]
-            lost, pid = next(
-                (name, lives[0][1]) for name, lives in places(folder).items() if lives[0][0] != stays
-            )
-            kill_node(pid)
-            wait_until("the loss is dealt with", lambda: until(lost, " ".join(said.read_text().split())))
-            then = max(steps_done(run), COMPARED)
-            wait_until("the run has gone on", lambda: steps_done(run) >= then + 3)
+            first = places(tmp_path)
+            ((stays, _),) = first.pop("learner-0")
+            lost = [name for name, ((node, _),) in first.items() if node != stays]
+            kill_node(first[lost[0]][0][1])
+            words = "waits for a node with room for it; the run goes on with 1 of 2 engines"
+            wait_until("the driver says so", lambda: words in " ".join(said.read_text().split()))
+            goes_on(run)
+            nodes.start(f"--address={nodes.address}", size)
+            wait_until("both have a place", lambda: all(len(places(tmp_path)[name]) == 2 for name in lost))
+            goes_on(run)
             driver.send_signal(signal.SIGTERM)
             driver.wait(timeout=60)
         finally:
@@ -70,25 +71,17 @@ def lose_a_node(folder: Path, sizes: list[str], until: Callable[[str, str], bool
             driver.wait()
     assert driver.returncode == 128 + signal.SIGTERM, said.read_text()
     assert newest(run / "checkpoints", strict=True) is not None
-    whole = folder / "whole"
-    whole.mkdir()
-    path = recipe(whole, **CHANGES | {"steps": COMPARED})
+    assert len({lives[-1][0] for lives in places(tmp_path).values()}) == 2
+    (tmp_path / "whole").mkdir()
+    path = recipe(tmp_path / "whole", **CHANGES | {"steps": COMPARED})
     train(load(path), Launch(recipe=str(path)))
-    for ours, other in zip(trajectory(run)[:COMPARED], trajectory(whole / "run")[:COMPARED], strict=True):
+    whole = trajectory(tmp_path / "whole" / "run")
+    for ours, other in zip(trajectory(run)[:COMPARED], whole[:COMPARED], strict=True):
         assert ours["reward/mean"] == other["reward/mean"] and ours["version"] == other["version"]
         # Rows that are computed together with others are rounded otherwise.
         assert ours["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
 
 
-def test_the_engine_of_a_lost_node_goes_on_where_there_is_room(tmp_path):
-    lose_a_node(
-        tmp_path, ["--num-cpus=3", "--num-cpus=3"], lambda lost, said: len(places(tmp_path)[lost]) == 2
-    )
-    nodes = {lives[-1][0] for lives in places(tmp_path).values()}
-    assert len(nodes) == 1, "all roles are on the node that is left"
-    assert "its answers go elsewhere" in (tmp_path / "said").read_text()
-
-
-def test_without_room_the_run_goes_on_with_the_other_engine_and_says_so(tmp_path):
-    words = "waits for a node with room for it; the run goes on with 1 of 2 engines"
-    lose_a_node(tmp_path, ["--num-cpus=2", "--num-cpus=2"], lambda lost, said: words in said)
+def goes_on(run: Path) -> None:
+    then = max(steps_done(run), COMPARED)
+    wait_until("the run has gone on", lambda: steps_done(run) >= then + 3)

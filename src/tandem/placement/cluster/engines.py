@@ -256,13 +256,13 @@ class Engines:
 
     def _say_if_it_waits(self, seat: Seat) -> None:
         assert seat.taking
-        alone = seat.version is None and seat.losses and not seat.said
-        if alone and seat.taking[0].seconds > ROOM_S and not self._has_room(seat.number):
+        replaces, serving = seat.version is None and seat.losses, sum(map(self._serves, self.seats))
+        if seat.said or not (replaces and serving and seat.taking[0].seconds > ROOM_S):
+            return
+        if not self._has_room(seat.number):
             seat.said = True
-            log.warning(
-                "%s waits for a node with room for it; the run goes on with %d of %d engines",
-                seat, sum(map(self._serves, self.seats)), len(self.seats),
-            )  # fmt: skip
+            words = "%s waits for a node with room for it; the run goes on with %d of %d engines"
+            log.warning(words, seat, serving, len(self.seats))
 
     def _serves(self, seat: Seat) -> bool:
         return seat.version is not None
