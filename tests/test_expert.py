@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from expert_ranks import CASES, FAMILIES, SAVED, everything
+from expert_ranks import CASES, FAMILIES, SAVED, case, everything
 from parallel_ranks import CPU, PROBE, launch, single, weights_of
 from tandem.checkpoint.sharded import export_sharded
 from tandem.config.layout import Layout
@@ -21,6 +21,7 @@ from tandem.model import LanguageModel, load
 from tandem.model.mixture import apart
 from tandem.model.new import new_tokenizer
 from tandem.model.parallel.fit import check_fit
+from tandem.train.snapshot import SHARDED, read_learned, write_learned
 from tiny_models import SHAPE, network, randomized
 
 
@@ -200,3 +201,16 @@ def test_an_adapter_that_cannot_be_merged_is_refused_by_its_name(make, keys, sai
     model = LanguageModel(get_peft_model(make(), LoraConfig(r=2, **keys)), new_tokenizer(), "adapted")
     with pytest.raises(RunError, match=rf"model.lora.targets: .*{said}"):
         list(model.weights())
+
+
+@pytest.mark.parametrize("by_many", [False, True])
+def test_adapters_on_experts_do_not_change_sides(place, tmp_path, by_many):
+    """One process has their factors in another shape than many."""
+    actor, _ = single(case({}, lora=True, targets="all-linear"), place)
+    if by_many:
+        (tmp_path / SHARDED).mkdir()
+        with pytest.raises(RunError, match=r"several learners and has adapters on experts .* above 1"):
+            read_learned(actor, None, tmp_path, {}, {})
+    else:
+        words = write_learned(actor, None, tmp_path, False)
+        read_learned(actor, None, tmp_path, words["optimizer"], words["random"])

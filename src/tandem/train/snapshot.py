@@ -23,6 +23,7 @@ from tandem.config import dump
 from tandem.config.run import Run
 from tandem.errors import RunError
 from tandem.learner import Actor, Reference
+from tandem.model import LanguageModel
 from tandem.model.parallel.model import ShardedModel
 from tandem.placement import inline
 from tandem.placement.inline import Roles
@@ -95,6 +96,7 @@ def read_learned(
 ) -> None:
     """What `write_learned` wrote, in whichever layout that was, read into the one that is here."""
     model, optimizer = actor.model, actor.optimizer
+    check_adapter(folder, model)
     if (folder / SHARDED).is_dir():
         read_sharded(folder / SHARDED, model, optimizer)
     else:
@@ -106,6 +108,17 @@ def read_learned(
             restore_optimizer(optimizer.adamw, optimizer.parameter_names, tensors, figures)
             optimizer.restore_masters(read_tensors(folder / MASTERS))
     restore_rng(read_tensors(folder / "random.safetensors"), words)
+
+
+def check_adapter(folder: Path, model: LanguageModel) -> None:
+    """Adapters on experts are written in another shape by one process than by many."""
+    by_many = (folder / SHARDED).is_dir()
+    on_experts = [name for name in model.trainable() if ".experts." in name and ".lora_" in name]
+    if on_experts and by_many != isinstance(model, ShardedModel):
+        raise RunError(
+            f"{folder} was written by {'several learners' if by_many else 'one learner'} and has adapters on experts "
+            f"({on_experts[0]}): go on with placement.learners {'above' if by_many else '='} 1"
+        )
 
 
 def keeps_reference(run: Run) -> bool:
