@@ -33,6 +33,8 @@ class Answer:
     reward: float
     others: list[float]
     """Rewards of the other answers to the same prompt."""
+    values: Tensor
+    """What a critic expected before each token."""
 
     @property
     def standardized(self) -> float:
@@ -138,6 +140,23 @@ def reinforce_pp_baseline(answers: list[Answer]) -> Tensor:
     return -sum(terms) / tokens_of(answers)
 
 
+def ppo(answers: list[Answer]) -> Tensor:
+    """Equation 11 of PPO's paper: A_t = sum over l of (gamma lambda)^l d_(t+l), here with gamma 1 and lambda 0.95; the
+    reward of a token is -beta log(pi / pi_ref), that of the last one has the score on top. Normalized over the
+    batch."""
+    advantages = []
+    for a in answers:
+        kl = (a.old - a.ref).double()
+        rewards = [-0.02 * kl[t].item() + (a.reward if t == len(kl) - 1 else 0.0) for t in range(len(kl))]
+        values = [*a.values.tolist(), 0.0]
+        deltas = [rewards[t] + values[t + 1] - values[t] for t in range(len(kl))]
+        sums = [sum(0.95**n * delta for n, delta in enumerate(deltas[t:])) for t in range(len(kl))]
+        advantages.append(torch.tensor(sums, dtype=torch.float64))
+    pairs = zip(answers, normalized(advantages))
+    terms = [clipped(torch.exp(a.logp - a.old), advantage, 0.2, 0.2).sum() for a, advantage in pairs]
+    return -sum(terms) / tokens_of(answers)
+
+
 FORMULAS: dict[str, Callable[[list[Answer]], Tensor]] = {
     "grpo": grpo,
     "dr_grpo": dr_grpo,
@@ -145,6 +164,7 @@ FORMULAS: dict[str, Callable[[list[Answer]], Tensor]] = {
     "gspo": gspo,
     "cispo": cispo,
     "rloo": rloo,
+    "ppo": ppo,
     "reinforce_pp": reinforce_pp,
     "reinforce_pp_baseline": reinforce_pp_baseline,
 }
@@ -156,8 +176,16 @@ def answers_of(batch: Batch, logp_BT: Tensor, ref_BT: Tensor) -> list[Answer]:
     for row, (reward, others) in enumerate(flat):
         span = batch.mask_BT[row]
         old, ref = (column[row, span].double() for column in (batch.policy_logp_BT, ref_BT))
-        answers.append(Answer(logp=logp_BT[row, span], old=old, ref=ref, reward=reward, others=others))
+        values = values_of(batch)[row, span].double()
+        answers.append(
+            Answer(logp=logp_BT[row, span], old=old, ref=ref, reward=reward, others=others, values=values)
+        )
     return answers
+
+
+def values_of(batch: Batch) -> Tensor:
+    """What a critic says."""
+    return noise(batch, 0.7, seed=5)
 
 
 def batch_and_policy(step: float) -> tuple[Batch, Tensor, Tensor]:
@@ -178,6 +206,7 @@ def trainer_loss(name: str, step: float, folder: Path) -> tuple[Tensor, Tensor, 
         kl_coef=keys.kl.coef,
         old_logp_BT=batch.policy_logp_BT,
         ref_logp_BT=ref_BT if keys.kl.coef else None,
+        value_BT=values_of(batch) if keys.advantage == "gae" else None,
     )
     loss, sums = policy_loss(logp_BT, torch.zeros_like(logp_BT), experience, keys, keys.kl.coef)
     loss.backward()
@@ -202,7 +231,15 @@ def test_a_preset_is_its_papers_formula(name, step, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "step"),
-    [("grpo", 0.3), ("dr_grpo", 0.3), ("dapo", 0.3), ("gspo", 1e-3), ("cispo", 1.5), ("reinforce_pp", 0.3)],
+    [
+        ("grpo", 0.3),
+        ("dr_grpo", 0.3),
+        ("dapo", 0.3),
+        ("gspo", 1e-3),
+        ("cispo", 1.5),
+        ("reinforce_pp", 0.3),
+        ("ppo", 0.3),
+    ],
 )
 def test_the_comparison_covers_clipped_and_unclipped_tokens(name, step, tmp_path):
     _, _, sums = trainer_loss(name, step, tmp_path)
@@ -246,13 +283,15 @@ def test_a_failed_answer_takes_part_in_no_preset(tmp_path):
             batch, **{field: getattr(batch, field)[rest] for field in Batch.__dataclass_fields__}
         )
         gradients = []
-        for case, ref in ((failed, ref_BT), (without, ref_BT[rest])):
+        values_BT = values_of(batch)
+        for case, ref, values in ((failed, ref_BT, values_BT), (without, ref_BT[rest], values_BT[rest])):
             experience, _ = assess(
                 case,
                 keys,
                 max_answer_tokens=LIMIT,
                 kl_coef=keys.kl.coef,
                 ref_logp_BT=ref if keys.kl.coef else None,
+                value_BT=values if keys.advantage == "gae" else None,
             )
             leaf = case.policy_logp_BT.clone().requires_grad_()
             policy_loss(leaf, torch.zeros_like(leaf), experience, keys, keys.kl.coef)[0].backward()

@@ -33,6 +33,16 @@ PRESETS = {
         "group_baseline": False,
         "kl": (0.01, "reward", "k1"),
     },
+    "ppo": {
+        "advantage": "gae",
+        "discount": 1.0,
+        "gae_lambda": 0.95,
+        "value_clip": 0.2,
+        "scale": "batch_std",
+        "weight": "token_mean",
+        "clip": (0.2, 0.2),
+        "kl": (0.02, "reward", "k1"),
+    },
     "reinforce_pp_baseline": {
         "advantage": "discounted",
         "scale": "batch_std",

@@ -10,9 +10,9 @@ from tandem.config.sections import Lora
 from tandem.errors import ConfigError
 from tandem.learner import Actor, Reference
 from tandem.model import LanguageModel
-from tandem.model.load import with_adapter
+from tandem.model.load import check_vocabulary, with_adapter
 from tandem.model.new import new_tokenizer
-from tandem.placement.inline import check_vocabulary, reference_of
+from tandem.placement.inline import reference_of
 from tiny_models import SHAPE, language_model, network, twin
 from tiny_step import TEMPERATURE, batch, experience, run
 
@@ -55,12 +55,12 @@ def test_reference_with_another_vocabulary_is_refused(tmp_path):
     other = new_tokenizer()
     other.add_tokens(["<extra>"])
     with pytest.raises(ConfigError, match=r"has 264 entries and the policy's has 263.*'<extra>'"):
-        check_vocabulary(model.tokenizer, other, "there")
+        check_vocabulary(model.tokenizer, other, "reference.path", "there")
     path = saved_reference(tmp_path / "same_size")
     other.save_pretrained(path)
     with pytest.raises(ConfigError, match=r"reference\.path=.*same_size.*<extra>"):
         reference_of(with_path(run(), path), model, None)
-    check_vocabulary(model.tokenizer, new_tokenizer(), "there")
+    check_vocabulary(model.tokenizer, new_tokenizer(), "reference.path", "there")
 
 
 def test_reference_is_the_policy_at_the_start_until_it_is_refreshed():

@@ -15,6 +15,7 @@ LEVELS = {
     "errors": -1,
     "types": 0,
     "device": 0,
+    "value": 1,
     "config": 1,
     "algorithms": 2,
     "rewards": 2,
@@ -32,7 +33,7 @@ LEVELS = {
     "commands": 9,
     "cli": 10,
 }
-TORCH_ONLY = {"algorithms"}
+TORCH_ONLY = {"algorithms", "value"}
 NAMED_ONCE = ("ray", "vllm", "wandb")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tandem.config.sections import Algorithm, Clip
 from tandem.types import Batch, Experience, take
+from tandem.value import gae, prediction_figures
 
 EPS = 1e-6
 """Added to every standard deviation that divides."""
@@ -88,7 +89,7 @@ def group_baseline(reward_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor, T
     )
 
 
-def _group(token_reward_BT: Tensor, batch: Batch, algorithm: Algorithm) -> Tensor:
+def _group(token_reward_BT: Tensor, value_BT: Tensor | None, batch: Batch, algorithm: Algorithm) -> Tensor:
     """Reward minus the group's mean (GRPO, arXiv 2402.03300)."""
     reward_B = token_reward_BT.sum(-1)
     mean_B, std_B, _ = group_baseline(reward_B, batch.group_B)
@@ -98,7 +99,9 @@ def _group(token_reward_BT: Tensor, batch: Batch, algorithm: Algorithm) -> Tenso
     return advantage_B[:, None].expand_as(token_reward_BT)
 
 
-def _leave_one_out(token_reward_BT: Tensor, batch: Batch, algorithm: Algorithm) -> Tensor:
+def _leave_one_out(
+    token_reward_BT: Tensor, value_BT: Tensor | None, batch: Batch, algorithm: Algorithm
+) -> Tensor:
     """Reward minus the mean of the group's other rewards (RLOO, arXiv 2402.14740): (R - mean) G / (G - 1)."""
     reward_B = token_reward_BT.sum(-1)
     mean_B, std_B, count_B = group_baseline(reward_B, batch.group_B)
@@ -108,7 +111,9 @@ def _leave_one_out(token_reward_BT: Tensor, batch: Batch, algorithm: Algorithm) 
     return advantage_B[:, None].expand_as(token_reward_BT)
 
 
-def _discounted(token_reward_BT: Tensor, batch: Batch, algorithm: Algorithm) -> Tensor:
+def _discounted(
+    token_reward_BT: Tensor, value_BT: Tensor | None, batch: Batch, algorithm: Algorithm
+) -> Tensor:
     """Rewards to go (REINFORCE++, arXiv 2501.03262), optionally after subtracting the group's mean reward."""
     reward_BT = token_reward_BT
     if algorithm.group_baseline:
@@ -117,10 +122,17 @@ def _discounted(token_reward_BT: Tensor, batch: Batch, algorithm: Algorithm) -> 
     return rewards_to_go(reward_BT, batch.mask_BT, algorithm.discount)
 
 
-ADVANTAGES: dict[str, Callable[[Tensor, Batch, Algorithm], Tensor]] = {
+def _gae(token_reward_BT: Tensor, value_BT: Tensor | None, batch: Batch, algorithm: Algorithm) -> Tensor:
+    """Rewards to go against a critic's values (PPO, arXiv 1707.06347, eq. 11)."""
+    assert value_BT is not None
+    return gae(token_reward_BT, value_BT, batch.mask_BT, algorithm.discount, algorithm.gae_lambda)
+
+
+ADVANTAGES: dict[str, Callable[[Tensor, Tensor | None, Batch, Algorithm], Tensor]] = {
     "group": _group,
     "leave_one_out": _leave_one_out,
     "discounted": _discounted,
+    "gae": _gae,
 }
 
 
@@ -179,8 +191,10 @@ def assess(
     *,
     old_logp_BT: Tensor | None = None,
     ref_logp_BT: Tensor | None = None,
+    value_BT: Tensor | None = None,
 ) -> tuple[Experience, dict[str, float]]:
-    """Advantages and weights of a step. `old_logp_BT` None says the policy is still the sampler's."""
+    """Advantages, returns and weights of a step. `old_logp_BT` None says the policy is still the sampler's; only
+    advantage=gae has a `value_BT`."""
     mask_BT = batch.mask_BT
     policy_logp_BT = batch.policy_logp_BT if old_logp_BT is None else old_logp_BT
     kl_BT = torch.zeros_like(policy_logp_BT)
@@ -193,8 +207,9 @@ def assess(
     if algorithm.drop_truncated:
         trained_B &= ~batch.truncated_B
     trained_BT = mask_BT & trained_B[:, None]
-    advantage_BT = ADVANTAGES[algorithm.advantage](token_reward_BT, batch, algorithm)
+    advantage_BT = ADVANTAGES[algorithm.advantage](token_reward_BT, value_BT, batch, algorithm)
     advantage_BT = advantage_BT.masked_fill(~trained_BT, 0.0)
+    return_BT = None if value_BT is None else advantage_BT.float() + value_BT * trained_BT
     if algorithm.scale == "batch_std":
         advantage_BT = whiten(advantage_BT, trained_BT)
     correction_BT, correction = importance_correction(policy_logp_BT, batch, algorithm.correction)
@@ -206,11 +221,15 @@ def assess(
         weight_BT=weights(trained_BT, algorithm.weight, max_answer_tokens) * correction_BT,
         old_logp_BT=old_logp_BT,
         ref_logp_BT=ref_logp_BT,
+        value_BT=value_BT,
+        return_BT=return_BT,
     )
+    predicted = {} if value_BT is None else prediction_figures(value_BT, return_BT, trained_BT)
     return experience, {
         "kl/reference": masked_mean(kl_BT, mask_BT),
         "kl/coef": kl_coef,
         **correction,
+        **predicted,
         **_spread(experience, batch),
     }
 

@@ -1,6 +1,6 @@
-"""The roles that run the model over whole batches: the actor, which learns, and the reference, which does not."""
+"""The roles that run a model over whole batches: actor and critic, which learn, and the reference, which does not."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
 
@@ -10,11 +10,13 @@ from torch import Tensor
 from tandem.algorithms import policy_loss
 from tandem.config.run import Run
 from tandem.config.sections import Algorithm
+from tandem.config.sections import Optimizer as OptimizerConfig
 from tandem.errors import RunError
-from tandem.model import LanguageModel, token_logprobs
+from tandem.model import LanguageModel, token_logprobs, token_values
 from tandem.model.parallel.mesh import local
 from tandem.optimizer import Optimizer
 from tandem.types import Batch, BatchT, Experience, take, to_device
+from tandem.value import value_loss
 
 MIB = 2**20
 
@@ -85,15 +87,19 @@ class Role:
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> Tensor:
         """`logp_BT` at the sampled tokens at the sampling temperature, on the CPU; 0 elsewhere."""
+        return self._each(batch, lambda part: self._token_logprobs(part)[0])
+
+    def _each(self, batch: Batch, what: Callable[[Batch], Tensor]) -> Tensor:
+        """`what(part)` of every micro-batch, [B, T] on the CPU."""
         self.model.module.eval()
-        logp_BT = torch.zeros(batch.tokens_BT.shape)
+        made_BT = torch.zeros(batch.tokens_BT.shape)
 
         def keep(rows: Tensor, part: Batch) -> None:
-            part_logp_BT, _ = self._token_logprobs(part)
-            logp_BT[rows, : part_logp_BT.shape[1]] = part_logp_BT[: len(rows)].cpu()
+            part_BT = what(part)
+            made_BT[rows, : part_BT.shape[1]] = part_BT[: len(rows)].cpu()
 
         self.model.forward_each(self._micro_batches(batch), keep, attention=self.run.learner.attention)
-        return self.model.mesh.sum(logp_BT)
+        return self.model.mesh.sum(made_BT)
 
     def _micro_batches(self, batch: BatchT) -> Iterator[tuple[Tensor, BatchT]]:
         """This process's rows in packs, each with its part of the batch on the device.
@@ -132,14 +138,18 @@ class Role:
         )
 
 
-class Actor(Role):
-    """The policy and its optimizer."""
+class Pupil(Role):
+    """A role that learns: with an optimizer, whose settings are below `key`."""
 
-    def __init__(self, model: LanguageModel, run: Run, *, offload_gradients: bool = False) -> None:
+    key: str
+
+    def __init__(
+        self, model: LanguageModel, run: Run, optimizer: OptimizerConfig, offload_gradients: bool
+    ) -> None:
         super().__init__(model, run)
         self.optimizer = Optimizer(
             model.trainable(),
-            run.learner.optimizer,
+            optimizer,
             run.total_updates,
             norm=model.gradient_norm,
             offload_gradients=offload_gradients,
@@ -151,6 +161,87 @@ class Actor(Role):
     @property
     def tensors(self) -> list[Tensor]:
         return [*super().tensors, *self.optimizer.tensors]
+
+    def counters(self) -> dict[str, int]:
+        """What a checkpoint needs beside tensors."""
+        return {"nonfinite_in_a_row": self.nonfinite_in_a_row, "updates": self.optimizer.updates}
+
+    def restore_counters(self, saved: Mapping[str, int]) -> None:
+        self.nonfinite_in_a_row = saved["nonfinite_in_a_row"]
+        self.optimizer.updates = saved["updates"]
+
+    def _learn(
+        self,
+        parts: Sequence[Experience],
+        live: Callable[[Experience], Tensor],
+        accumulate: Callable[[Experience], dict[str, float]],
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """One optimizer update per part, from its rows `live(part)`; parts without any and non-finite ones change
+        nothing at all. The sums of `accumulate(part)`, which brings the gradient, and figures of the updates."""
+        totals: dict[str, float] = {}
+        norms, skipped_empty, skipped_nonfinite = [], 0, 0
+        self.model.module.train()
+        lr = self.optimizer.lr
+        for part in parts:
+            rows = live(part)
+            if not len(rows):
+                skipped_empty += 1
+                continue
+            self.optimizer.zero_grad()
+            sums = self.model.mesh.combine(accumulate(take(part, rows)))
+            norm = self.optimizer.gradient_norm()
+            if not (norm.isfinite() and torch.isfinite(torch.tensor(sums["loss/total"]))):
+                skipped_nonfinite += 1
+                self._count_nonfinite(part, float(norm))
+                continue
+            self.nonfinite_in_a_row = 0
+            self.optimizer.step(norm)
+            if norms:
+                # Only the first update still has the sampler's weights: later gaps are the policy's own motion.
+                sums = {name: value for name, value in sums.items() if "gap" not in name}
+            norms.append(float(norm))
+            add(totals, sums)
+        self.optimizer.zero_grad()
+        return totals, {
+            "grad_norm": sum(norms) / max(1, len(norms)),
+            "lr": lr,
+            "updates": len(norms),
+            "skipped_empty": skipped_empty,
+            "skipped_nonfinite": skipped_nonfinite,
+        }
+
+    def _backward(
+        self, part: Experience, loss: Callable[[Experience], tuple[Tensor, dict[str, Tensor]]]
+    ) -> dict[str, float]:
+        """Gradient of one update, in micro-batches; the loss's weights make their sum independent of the cut."""
+        totals: dict[str, float] = {}
+
+        def loss_of(_: Tensor, piece: Experience) -> Tensor:
+            made, sums = loss(piece)
+            add(totals, {name: float(value) for name, value in sums.items()})
+            return made
+
+        pieces, attention = self._micro_batches(part), self.run.learner.attention
+        self.model.backward_each(pieces, loss_of, self.optimizer.collect, attention=attention)
+        return totals
+
+    def _count_nonfinite(self, part: Experience, norm: float) -> None:
+        self.nonfinite_in_a_row += 1
+        if self.nonfinite_in_a_row >= self.run.learner.max_nonfinite:
+            raise RunError(
+                f"loss or gradient was not finite (gradient norm {norm}) in {self.nonfinite_in_a_row} updates in a row"
+                f"; the weights are those before them. Groups of the last one: {part.group_B.unique().tolist()}. "
+                f"Lower {self.key}.optimizer.lr, or look at the rollouts of this step"
+            )
+
+
+class Actor(Pupil):
+    """The policy and its optimizer."""
+
+    key = "learner"
+
+    def __init__(self, model: LanguageModel, run: Run, *, offload_gradients: bool = False) -> None:
+        super().__init__(model, run, run.learner.optimizer, offload_gradients)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """All weights, whole, by their names in a Hugging Face folder. All processes iterate, in step."""
@@ -168,69 +259,59 @@ class Actor(Role):
 
     def update(self, parts: Sequence[Experience], kl_coef: float) -> dict[str, float]:
         """One optimizer update per part. Parts without signal and non-finite ones change nothing at all."""
-        totals: dict[str, float] = {}
-        norms, skipped_empty, skipped_nonfinite = [], 0, 0
-        self.model.module.train()
-        lr = self.optimizer.lr
-        for part in parts:
-            rows = live_rows(part, self.run.algorithm)
-            if not len(rows):
-                skipped_empty += 1
-                continue
-            self.optimizer.zero_grad()
-            sums = self.model.mesh.combine(self._accumulate(take(part, rows), kl_coef))
-            norm = self.optimizer.gradient_norm()
-            if not (norm.isfinite() and torch.isfinite(torch.tensor(sums["loss/total"]))):
-                skipped_nonfinite += 1
-                self._count_nonfinite(part, float(norm))
-                continue
-            self.nonfinite_in_a_row = 0
-            self.optimizer.step(norm)
-            if norms:
-                # Only the first update still has the sampler's weights: later gaps are the policy's own motion.
-                sums = {name: value for name, value in sums.items() if "gap" not in name}
-            norms.append(float(norm))
-            add(totals, sums)
-        self.optimizer.zero_grad()
-        return {
-            **means(totals, len(norms)),
-            "grad_norm": sum(norms) / max(1, len(norms)),
-            "actor/lr": lr,
-            "actor/updates": len(norms),
-            "actor/skipped_empty": skipped_empty,
-            "actor/skipped_nonfinite": skipped_nonfinite,
-        }
-
-    def counters(self) -> dict[str, int]:
-        """What a checkpoint needs beside tensors."""
-        return {"nonfinite_in_a_row": self.nonfinite_in_a_row, "updates": self.optimizer.updates}
-
-    def restore_counters(self, saved: Mapping[str, int]) -> None:
-        self.nonfinite_in_a_row = saved["nonfinite_in_a_row"]
-        self.optimizer.updates = saved["updates"]
+        algorithm = self.run.algorithm
+        totals, done = self._learn(
+            parts, lambda part: live_rows(part, algorithm), lambda part: self._accumulate(part, kl_coef)
+        )
+        norm = done.pop("grad_norm")
+        figures = {f"actor/{name}": value for name, value in done.items()}
+        return {**means(totals, int(done["updates"])), "grad_norm": norm, **figures}
 
     def _accumulate(self, part: Experience, kl_coef: float) -> dict[str, float]:
-        """Gradient of one update, in micro-batches; the loss's weights make their sum independent of the cut."""
-        totals: dict[str, float] = {}
-
-        def loss_of(_: Tensor, piece: Experience) -> Tensor:
+        def loss(piece: Experience) -> tuple[Tensor, dict[str, Tensor]]:
             logp_BT, entropy_BT = self._token_logprobs(piece)
-            loss, sums = policy_loss(logp_BT, entropy_BT, piece, self.run.algorithm, kl_coef)
-            add(totals, {name: float(value) for name, value in sums.items()})
-            return loss
+            return policy_loss(logp_BT, entropy_BT, piece, self.run.algorithm, kl_coef)
 
-        pieces, attention = self._micro_batches(part), self.run.learner.attention
-        self.model.backward_each(pieces, loss_of, self.optimizer.collect, attention=attention)
-        return totals
+        return self._backward(part, loss)
 
-    def _count_nonfinite(self, part: Experience, norm: float) -> None:
-        self.nonfinite_in_a_row += 1
-        if self.nonfinite_in_a_row >= self.run.learner.max_nonfinite:
-            raise RunError(
-                f"loss or gradient was not finite (gradient norm {norm}) in {self.nonfinite_in_a_row} updates in a row"
-                f"; the weights are those before them. Groups of the last one: {part.group_B.unique().tolist()}. "
-                "Lower learner.optimizer.lr, or look at the rollouts of this step"
-            )
+
+class Critic(Pupil):
+    """What predicts the reward to come before each token, and its optimizer."""
+
+    key = "critic"
+
+    def __init__(self, model: LanguageModel, run: Run, *, offload_gradients: bool = False) -> None:
+        super().__init__(model, run, run.critic.optimizer, offload_gradients)
+
+    @torch.no_grad()
+    def values(self, batch: Batch) -> Tensor:
+        """`value_BT` at the sampled tokens, on the CPU; 0 elsewhere."""
+        return self._each(batch, self._token_values)
+
+    def update(self, parts: Sequence[Experience]) -> dict[str, float]:
+        """One optimizer update per part, as the actor's, from all rows that are trained."""
+        totals, done = self._learn(
+            parts, lambda part: part.mask_BT.any(-1).nonzero().squeeze(1), self._accumulate
+        )
+        loss = totals.get("loss/total", 0.0) / max(1, done["updates"])
+        clipped = totals.get("clipped", 0.0) / max(1.0, totals.get("tokens", 0.0))
+        figures = {"value_loss": loss, "value_clipfrac": clipped, **done}
+        return {f"critic/{name}": value for name, value in figures.items()}
+
+    def _accumulate(self, part: Experience) -> dict[str, float]:
+        clip = self.run.algorithm.value_clip
+        return self._backward(part, lambda piece: value_loss(self._token_values(piece), piece, clip))
+
+    def _token_values(self, batch: Batch) -> Tensor:
+        return token_values(
+            self.model,
+            batch.tokens_BT,
+            batch.mask_BT,
+            batch.length_B,
+            prompt_length_B=batch.prompt_length_B,
+            group_B=batch.group_B,
+            attention=self.run.learner.attention,
+        )
 
 
 class Reference(Role):

@@ -137,6 +137,10 @@ class Experience(Batch):
     old_logp_BT: Tensor | None
     """Before the step's first update; None when the policy has not moved since (the ratio is then 1)."""
     ref_logp_BT: Tensor | None
+    value_BT: Tensor | None = None
+    """What the critic expected before each token was chosen, before the step's first update."""
+    return_BT: Tensor | None = None
+    """What it should have expected: value + advantage, before advantages are scaled."""
 
 
 BatchT = TypeVar("BatchT", bound=Batch)

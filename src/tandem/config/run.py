@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from tandem.config.critic import Critic
 from tandem.config.engine import Engine
 from tandem.config.placement import Placement
 from tandem.config.section import Section
@@ -55,6 +56,7 @@ class Run(Section):
     algorithm: Algorithm = Algorithm()
     learner: Learner = Learner()
     reference: Reference = Reference()
+    critic: Critic = Critic()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     journal: Journal = Journal()
@@ -86,6 +88,9 @@ class Run(Section):
         longest = s.answers_per_prompt * s.max_answer_tokens
         full = self.placement.learners * learner.tokens_per_forward // longest
         return max(1, full, -(-s.prompts_per_step // 8))
+
+    def needs_critic(self) -> bool:
+        return self.algorithm.advantage == "gae"
 
     @property
     def old_logp(self) -> Literal["none", "recompute", "rollout"]:

@@ -231,15 +231,21 @@ class Algorithm(Section):
 
     preset: str = "grpo"
     """Which file of `recipes/algorithms` (or path to a YAML file) the other keys start from."""
-    advantage: Literal["group", "leave_one_out", "discounted"] = "group"
-    """Baseline: mean of the group; mean of the others in the group; none, with rewards to go."""
+    advantage: Literal["group", "leave_one_out", "discounted", "gae"] = "group"
+    """Baseline: mean of the group; mean of the others in the group; none, with rewards to go; what a critic predicts
+    before each token (generalized advantage estimation)."""
     scale: Literal["group_std", "batch_std", "none"] = "group_std"
     """Advantages are divided by the unbiased standard deviation of the group; or they are made to have mean 0 and
     deviation 1 over all tokens of the step."""
     group_baseline: bool = False
     """With advantage=discounted: subtract the mean reward of the group first."""
     discount: float = Field(1.0, gt=0, le=1)
-    """Factor per token for rewards to go (gamma)."""
+    """Factor per token for rewards to go, with advantage=discounted or gae (gamma)."""
+    gae_lambda: float = Field(1.0, ge=0, le=1)
+    """With advantage=gae: 1 counts on the rewards that came, 0 on what the critic predicts after the next token."""
+    value_clip: float | None = Field(0.2, gt=0)
+    """With advantage=gae: the critic gains nothing from moving a value farther than this from where it was at the start
+    of the step; null for no bound."""
     ratio: Literal["token", "sequence"] = "token"
     """Importance ratio per token, or the geometric mean over the answer (GSPO)."""
     clip: Clip = Clip()
@@ -264,10 +270,17 @@ class Algorithm(Section):
 
     @model_validator(mode="after")
     def _each_key_matters(self) -> "Algorithm":
-        if self.advantage == "discounted" and self.scale == "group_std":
-            raise ValueError("algorithm.advantage=discounted knows no group_std; use scale=batch_std or none")
-        if self.advantage != "discounted" and (self.group_baseline or self.discount != 1.0):
-            raise ValueError("algorithm.group_baseline and algorithm.discount need advantage=discounted")
+        per_token = self.advantage in ("discounted", "gae")
+        if per_token and self.scale == "group_std":
+            raise ValueError(
+                f"algorithm.advantage={self.advantage} knows no group_std; use scale=batch_std or none"
+            )
+        if not per_token and self.discount != 1.0:
+            raise ValueError("algorithm.discount needs advantage=discounted or gae")
+        if self.advantage != "discounted" and self.group_baseline:
+            raise ValueError("algorithm.group_baseline needs advantage=discounted")
+        if self.advantage != "gae" and (self.gae_lambda != 1.0 or self.value_clip != 0.2):
+            raise ValueError("algorithm.gae_lambda and algorithm.value_clip need advantage=gae")
         return self
 
 

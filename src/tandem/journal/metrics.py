@@ -236,6 +236,31 @@ _UPDATE = {
     ),
 }
 
+_CRITIC = {
+    "critic/value_loss": Metric(
+        "sum of w * max((V - R)^2, (clipped V - R)^2) / 2", "reward^2", "only with algorithm.advantage=gae"
+    ),
+    "critic/value_clipfrac": Metric("tokens where algorithm.value_clip binds / tokens", "share", ""),
+    "critic/explained_variance": Metric(
+        "1 - Var(R - V) / Var(R) over tokens, before the update",
+        "1",
+        "1 is a perfect prediction, 0 none, below 0 worse than none; should rise. 0 if all R are equal",
+    ),
+    "critic/values/mean": Metric("mean of V over tokens", "reward", "before the update"),
+    "critic/values/max": Metric("largest V", "reward", ""),
+    "critic/values/min": Metric("smallest V", "reward", ""),
+    "critic/returns/mean": Metric("mean of R = V + A over tokens", "reward", "A before it is scaled"),
+    "critic/returns/max": Metric("largest R", "reward", ""),
+    "critic/returns/min": Metric("smallest R", "reward", ""),
+    "critic/grad_norm": Metric("2-norm of the critic's gradient before clipping", "1", ""),
+    "critic/lr": Metric("learning rate of the critic's last update", "1", ""),
+    "critic/updates": Metric("the critic's optimizer updates in the step", "updates", ""),
+    "critic/skipped_nonfinite": Metric(
+        "updates skipped because loss or gradient was not finite", "updates", "should be 0"
+    ),
+    "critic/skipped_empty": Metric("updates skipped because no token is trained", "updates", ""),
+}
+
 _TIME = {
     "timing/all": Metric("the whole step", "s", "evaluation and saving are not in it"),
     "timing/rollout": Metric("sampling the answers", "s", ""),
@@ -259,9 +284,11 @@ _TIME = {
         "what sampling does not hide: with placement.kind=apart, sampling.max_lag=0 and algorithm.keep=all the "
         "reference works on groups as their answers are complete; elsewhere all of it",
     ),
+    "timing/critic_model": Metric("values of the critic", "s", "about 0 without one"),
     "timing/adv": Metric("advantages and weights", "s", ""),
     "timing/non_overlap_adv": Metric("the same", "s", "nothing hides it"),
-    "timing/update": Metric("all updates of the step", "s", ""),
+    "timing/update": Metric("all updates of the policy in the step", "s", ""),
+    "timing/update_critic": Metric("all updates of the critic in the step", "s", "about 0 without one"),
     "timing/resharding_to_infer": Metric(
         "gathering the weights and the engines' taking them, proof included",
         "s",
@@ -306,6 +333,7 @@ _SECTIONS = {
     "Length": _LENGTH,
     "Rollout": _ROLLOUT,
     "Update": _UPDATE,
+    "Critic": _CRITIC,
     "Time and memory": _TIME,
     "Evaluation": _EVAL,
     "Warm-up": _WARMUP,

@@ -1,7 +1,21 @@
-"""What the output head's logits say of a token."""
+"""What stands behind the decoder: a score for each token of the vocabulary, or one value."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+VALUE = "score"
+"""The head of a sequence classifier, as Transformers names it."""
+
+
+def head_of(network: PreTrainedModel) -> nn.Module:
+    """The output head of a language model, or a value model's."""
+    return network.score if gives_values(network) else network.get_output_embeddings()
+
+
+def gives_values(network: PreTrainedModel) -> bool:
+    """Is it a sequence classifier with one output: a critic or a reward model?"""
+    return hasattr(network, VALUE)
 
 
 def chosen_logprobs(

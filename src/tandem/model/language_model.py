@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from tandem.errors import ConfigError, RunError
 from tandem.model.attention import Layout, Rows
-from tandem.model.head import chosen_logprobs
+from tandem.model.head import chosen_logprobs, head_of
 from tandem.model.mixture import apart, experts_first, is_mixture
 from tandem.model.parallel.mesh import ALONE, Mesh, norm_of
 from tandem.model.product import quicken
@@ -38,7 +38,7 @@ class LanguageModel:
         self.network: PreTrainedModel = module.get_base_model() if isinstance(module, PeftModel) else module
         self.decoder: nn.Module = self.network.get_decoder()
         """The layers between embedding and output head, with both norms but without the head."""
-        self._head: nn.Module = self.network.get_output_embeddings()
+        self._head: nn.Module = head_of(self.network)
 
     @property
     def device(self) -> torch.device:
@@ -218,10 +218,11 @@ class LanguageModel:
 
     @torch.no_grad()
     def take_over(self, other: "LanguageModel") -> None:
-        """Copy the weights of a model of the same shape."""
-        ours, theirs = self.network.state_dict(), other.network.state_dict()
-        for name, tensor in theirs.items():
-            ours[name].copy_(tensor)
+        """Copy the weights of a model of the same shape, any adapter merged; the head, if it is the same."""
+        ours = {self.hf_name(name): weight for name, weight in self.module.named_parameters()}
+        for name, whole in other.whole_weights():
+            if name in ours:
+                ours[name].copy_(whole)
 
     def save(self, folder: Path) -> None:
         """Weights, config and tokenizer as a Hugging Face folder; of a model with adapter, the adapter's folder."""

@@ -67,24 +67,37 @@ def load_frozen(
     return model
 
 
-def existing(path: str | None) -> str:
-    """A folder with a config.json, or a name to look up on the hub."""
+def existing(path: str | None, key: str = "model.path") -> str:
+    """A folder with a config.json, or a name to look up on the hub; `key` names it in errors."""
     assert path is not None
     folder = Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or folder.exists() or path.count("/") != 1
     if looks_local and not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "does not exist"
-        raise ConfigError(f"model.path={path} {what}; give the folder of a Hugging Face model")
+        raise ConfigError(f"{key}={path} {what}; give the folder of a Hugging Face model")
     return str(folder) if looks_local else path
 
 
-def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: str, trust_remote_code: bool = False, key: str = "model.path"
+) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as cause:
+        raise ConfigError(f"{key}={source}: the tokenizer cannot be loaded: {first_line(cause)}") from cause
+
+
+def check_vocabulary(
+    ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, key: str, path: str
+) -> None:
+    """Both models must mean the same text by the same token."""
+    mine, other = ours.get_vocab(), theirs.get_vocab()
+    if mine != other:
+        odd = sorted(mine.items() ^ other.items())[:3]
         raise ConfigError(
-            f"model.path={source}: the tokenizer cannot be loaded: {first_line(cause)}"
-        ) from cause
+            f"{key}={path}: its tokenizer has {len(other)} entries and the policy's has {len(mine)}, and they "
+            f"differ, for example in {[token for token, _ in odd]}; use a model with the policy's tokenizer"
+        )
 
 
 def load_network(source: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -57,5 +57,27 @@ def token_logprobs(
     return empty_BT.masked_scatter(mask_BT, logp_M), empty_BT.masked_scatter(mask_BT, entropy_M)
 
 
+def token_values(
+    model: LanguageModel,
+    tokens_BT: Tensor,
+    mask_BT: Tensor,
+    length_B: Tensor,
+    *,
+    prompt_length_B: Tensor | None = None,
+    group_B: Tensor | None = None,
+    attention: str = "padded",
+) -> Tensor:
+    """`value_BT` at the masked tokens, 0 elsewhere, of a model whose head has one output. The value of token t is
+    what the model says at t-1, so it cannot know the token. Arguments as for `token_logprobs`."""
+    assert not mask_BT[:, 0].any(), "the first token of a row has nothing before it"
+    padded = lay(length_B, prompt_length_B, group_B)
+    layout = Documents(padded) if attention == "documents" else padded
+    line_N, masked_N = layout.line(tokens_BT), layout.line(mask_BT)
+    (value_M,) = model.at(
+        line_N, layout, layout.previous_N[masked_N], lambda hidden_MH: (model.logits(hidden_MH).squeeze(-1),)
+    )
+    return torch.zeros(tokens_BT.shape, device=tokens_BT.device).masked_scatter(mask_BT, value_M)
+
+
 def slices(total: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, total, size))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from tandem.algorithms import KlController
 from tandem.config.run import Run
@@ -18,9 +17,11 @@ from tandem.data.template import Renderer
 from tandem.device import captures, describe
 from tandem.engine import EmbeddedEngine, SamplingParams
 from tandem.errors import ConfigError
-from tandem.learner import Actor, Reference
+from tandem.learner import Actor, Critic, Reference
 from tandem.model import LanguageModel, load_frozen
 from tandem.model.compiled import compile_blocks
+from tandem.model.load import check_vocabulary
+from tandem.model.value import load_value, value_like
 from tandem.placement.copied import CopiedEngine, vllm_beside
 from tandem.rewards.scorer import Scorer
 from tandem.rewards.watch import FailureWatch
@@ -33,6 +34,7 @@ class Roles:
 
     actor: Actor
     reference: Reference | None
+    critic: Critic | None
     sampler: Sampler
     stream: Stream
     kl: KlController
@@ -68,6 +70,10 @@ class Roles:
             seconds["timing/resharding_to_infer"], self.sending_s = self.sending_s, 0.0
         return seconds
 
+    def on_critic(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """As `on_learners`, with `work(critic, *arguments)`, for a run that has one."""
+        return work(self.critic, *arguments)
+
     def close(self) -> None:
         """Let go of everything that would outlive the run."""
         if self.copy is not None:
@@ -89,6 +95,7 @@ def build(
     return Roles(
         actor=Actor(model, run),
         reference=reference_of(run, model, reference_folder) if run.needs_reference else None,
+        critic=critic_of(run, model) if run.needs_critic else None,
         sampler=sampler,
         stream=Stream(
             sampler=sampler,
@@ -131,7 +138,7 @@ def reference_of(run: Run, model: LanguageModel, folder: Path | None) -> Referen
         reference = load_frozen(
             run.reference.path, run.model.dtype, model.device, run.model.trust_remote_code
         )
-        check_vocabulary(model.tokenizer, reference.tokenizer, run.reference.path)
+        check_vocabulary(model.tokenizer, reference.tokenizer, "reference.path", run.reference.path)
         if reference.vocab_size != model.vocab_size:
             raise ConfigError(
                 f"reference.path={run.reference.path} has {reference.vocab_size} output rows and the policy has "
@@ -148,15 +155,16 @@ def reference_of(run: Run, model: LanguageModel, folder: Path | None) -> Referen
     return Reference(kept, run, adapter_off=False)
 
 
-def check_vocabulary(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, path: str) -> None:
-    """Both models must mean the same text by the same token."""
-    mine, other = ours.get_vocab(), theirs.get_vocab()
-    if mine != other:
-        odd = sorted(mine.items() ^ other.items())[:3]
-        raise ConfigError(
-            f"reference.path={path}: its tokenizer has {len(other)} entries and the policy's has {len(mine)}, and they "
-            f"differ, for example in {[token for token, _ in odd]}; use a reference with the policy's tokenizer"
-        )
+def critic_of(run: Run, policy: LanguageModel) -> Critic:
+    """The model that predicts rewards: a given one, or the policy's layers as they are now."""
+    path, trust = run.critic.path, run.model.trust_remote_code
+    if path is None:
+        model = value_like(policy)
+    else:
+        model = load_value(path, run.model.dtype, policy.tokenizer, policy.device, trust)
+    if run.learner.compile:
+        compile_blocks(model)
+    return Critic(model, run)
 
 
 def state(roles: Roles) -> Mapping[str, Any]:
@@ -165,6 +173,7 @@ def state(roles: Roles) -> Mapping[str, Any]:
         "stream": roles.stream.mark(),
         "kl_coef": roles.kl.coef,
         **roles.actor.counters(),
+        "critic": None if roles.critic is None else roles.critic.counters(),
         "failure_watch": roles.stream.watch.state(),
     }
 
@@ -173,5 +182,7 @@ def restore(roles: Roles, saved: Mapping[str, Any], version: int) -> None:
     roles.stream.restore(saved["stream"])
     roles.kl.coef = saved["kl_coef"]
     roles.actor.restore_counters(saved)
+    if roles.critic is not None:
+        roles.critic.restore_counters(saved["critic"])
     roles.stream.watch.restore(saved["failure_watch"])
     roles.serve(version)

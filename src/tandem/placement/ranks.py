@@ -7,11 +7,12 @@ from transformers import PreTrainedTokenizerBase
 from tandem.config.layout import Layout
 from tandem.config.run import Run
 from tandem.device import pick
-from tandem.learner import Actor, Reference
+from tandem.learner import Actor, Critic, Reference
 from tandem.model import tokenizer_of
 from tandem.model.parallel.grid import Grid, connect
 from tandem.model.parallel.load import load_frozen_sharded, load_sharded
 from tandem.model.parallel.model import ShardedModel
+from tandem.model.parallel.value import value_sharded
 
 
 def build_actor(
@@ -51,3 +52,13 @@ def build_reference(run: Run, layout: Layout, actor: Actor, folder: Path | None 
     copy.network.requires_grad_(False).eval()
     copy.take_over(model)
     return Reference(copy, run, adapter_off=False)
+
+
+def build_critic(run: Run, layout: Layout, actor: Actor) -> Critic:
+    """The critic on the actor's processes, in a layout of its own: the weights of `critic.path`, or else the policy's
+    layers as they are now."""
+    policy = actor.model
+    assert isinstance(policy, ShardedModel)
+    grid = Grid(layout, policy.device, "critic.layout")
+    model = value_sharded(policy, grid, run.critic.path, run.model.trust_remote_code)
+    return Critic(model, run, offload_gradients=layout.offload_gradients)

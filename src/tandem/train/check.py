@@ -26,6 +26,7 @@ from tandem.model import tokenizer_of
 from tandem.model.load import existing
 from tandem.rewards.scorer import Scorer
 from tandem.train import footprint, trial
+from tandem.train.critic_bytes import critic_shape, saved_bytes, with_critic
 from tandem.train.finding import Finding, Line
 from tandem.train.footprint import Memory, Shape, readable
 from tandem.train.layouts import check_layouts, holds_reference, layouts_of
@@ -208,6 +209,10 @@ def look_at_memory(bench: Bench) -> list[Line]:
         raise NotChecked("layout") from None
     need = footprint.memory(run, shape(bench), bench.longest_prompt(), reference, *axes)
     on_device, on_host = free_bytes(device), footprint.host_bytes()
+    if run.needs_critic:
+        need = with_critic(
+            need, run, critic_shape(run, shape(bench), tokenizer(bench)), bench.longest_prompt()
+        )
     free = on_host if on_device is None else on_device
     offloaded = sum(need.host.values())
     if on_device is None:
@@ -244,7 +249,10 @@ SMALLER = (
 
 def look_at_disk(bench: Bench) -> list[Line]:
     folder = Path(bench.run.run_dir)
-    parts = footprint.disk(bench.run, shape(bench), bench.longest_prompt())
+    run, critic = bench.run, 0
+    if run.needs_critic:
+        critic = saved_bytes(run, critic_shape(run, shape(bench), tokenizer(bench)))
+    parts = footprint.disk(run, shape(bench), bench.longest_prompt(), critic)
     total = sum(parts.values())
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     free = free_on_disk(folder.absolute()) + there

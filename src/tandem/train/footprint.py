@@ -326,11 +326,12 @@ def kept_layers(schedule: str, shape: Shape, axes: Axes, parts: int) -> float:
     return passes * axes.layers(shape.layers) / chunks if ranks > 1 else shape.layers
 
 
-def disk(run: Run, shape: Shape, longest_prompt: int) -> dict[str, int]:
-    """What the run folder will hold at its fullest: while a checkpoint is written the old ones are still there."""
+def disk(run: Run, shape: Shape, longest_prompt: int, critic_bytes: int = 0) -> dict[str, int]:
+    """What the run folder will hold at its fullest: while a checkpoint is written the old ones are still there. Each
+    has `critic_bytes` of a critic."""
     word = DTYPES[run.model.dtype].itemsize
     saved = shape.parameters if run.model.lora is None else shape.trainable
-    one = saved * word + 2 * shape.trainable * FLOAT
+    one = saved * word + 2 * shape.trainable * FLOAT + critic_bytes
     if word != FLOAT or run.learner.optimizer.offload:
         one += shape.trainable * FLOAT
     if keeps_reference(run):

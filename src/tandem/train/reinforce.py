@@ -27,7 +27,8 @@ class Observer(Protocol):
 
 def reinforce(run: Run, roles: Roles, observer: Observer, timer: Timer, start: int = 0) -> None:
     """Sample, score, assess, update, publish: from step `start` to the end of the run."""
-    actor, reference, stream, kl = roles.actor, roles.reference, roles.stream, roles.kl
+    actor, reference, critic = roles.actor, roles.reference, roles.critic
+    stream, kl = roles.stream, roles.kl
     algorithm, limit = run.algorithm, run.sampling.max_answer_tokens
     epochs, updates = run.learner.epochs_per_step, run.learner.updates_per_step
     for step in range(start, run.steps):
@@ -41,9 +42,11 @@ def reinforce(run: Run, roles: Roles, observer: Observer, timer: Timer, start: i
                 old = actor.old_logprobs(batch)
             with timer("reference_model"):
                 ref = reference.logprobs(batch) if reference else None
+            with timer("critic_model"):
+                value = critic.values(batch) if critic else None
             with timer("adv"):
                 experience, figures = assess(
-                    batch, algorithm, limit, kl.coef, old_logp_BT=old, ref_logp_BT=ref
+                    batch, algorithm, limit, kl.coef, old_logp_BT=old, ref_logp_BT=ref, value_BT=value
                 )
             with timer("update"):
                 orders = [shuffled(len(groups), key(run.seed, step, epoch)) for epoch in range(epochs)]
@@ -51,6 +54,8 @@ def reinforce(run: Run, roles: Roles, observer: Observer, timer: Timer, start: i
                     p for order_G in orders for p in split(experience, updates, algorithm, limit, order_G)
                 ]
                 figures |= actor.update(parts, kl.coef)
+            with timer("update_critic"):
+                figures |= critic.update(parts) if critic else {}
             kl.observe(figures["kl/reference"], batch.size)
             roles.publish(step + 1)
         observer.after(step, groups, experience, figures)

@@ -22,13 +22,13 @@ from tandem.checkpoint.sharded import read_model, read_sharded, read_whole, writ
 from tandem.config import dump
 from tandem.config.run import Run
 from tandem.errors import RunError
-from tandem.learner import Actor, Reference
+from tandem.learner import Actor, Pupil, Reference
 from tandem.model import LanguageModel
 from tandem.model.parallel.model import ShardedModel
 from tandem.placement import inline
 from tandem.placement.inline import Roles
 
-MODEL, REFERENCE, SHARDED = "model", "reference", "sharded"
+MODEL, REFERENCE, SHARDED, CRITIC = "model", "reference", "sharded", "critic"
 OPTIMIZER, MASTERS = "optimizer.safetensors", "masters.safetensors"
 
 
@@ -47,6 +47,8 @@ class Boundary:
 def write(folder: Path, run: Run, roles: Roles, boundary: Boundary) -> None:
     """All files of a checkpoint but its manifest."""
     learned = roles.on_learners(write_learned, folder, keeps_reference(run))
+    if run.needs_critic:
+        learned["critic_optimizer"] = roles.on_critic(write_pupil, folder / CRITIC)
     small = {**boundary.roles, "stream": boundary.roles["stream"]()}
     state = {"step": boundary.step, "roles": small, "data": boundary.data}
     write_json(folder / "state.json", {**state, **learned})
@@ -60,18 +62,24 @@ def write_learned(
     if with_reference:
         assert reference is not None
         reference.model.save(folder / REFERENCE)
-    figures: dict[str, Any] = {}
-    if isinstance(actor.model, ShardedModel):
-        write_sharded(folder / SHARDED, actor.model, actor.optimizer)
-    else:
-        actor.model.save(folder / MODEL)
-        tensors, figures = optimizer_tensors(actor.optimizer.adamw, actor.optimizer.parameter_names)
-        write_tensors(folder / OPTIMIZER, tensors)
-        write_tensors(folder / MASTERS, actor.optimizer.master_tensors)
+    figures = write_pupil(actor, folder)
     generators, words = rng_state()
     if not isinstance(actor.model, ShardedModel) or dist.get_rank() == 0:
         write_tensors(folder / "random.safetensors", generators)
     return {"optimizer": figures, "random": words}
+
+
+def write_pupil(pupil: Pupil, folder: Path) -> dict[str, Any]:
+    """Weights and optimizer of a model that learns; returns what of them goes into state.json."""
+    optimizer = pupil.optimizer
+    if isinstance(pupil.model, ShardedModel):
+        write_sharded(folder / SHARDED, pupil.model, optimizer)
+        return {}
+    pupil.model.save(folder / MODEL)
+    tensors, figures = optimizer_tensors(optimizer.adamw, optimizer.parameter_names)
+    write_tensors(folder / OPTIMIZER, tensors)
+    write_tensors(folder / MASTERS, optimizer.master_tensors)
+    return figures
 
 
 def restore(folder: Path, roles: Roles, data: str) -> int:
@@ -82,6 +90,8 @@ def restore(folder: Path, roles: Roles, data: str) -> int:
             f"{folder}: the questions of data.train changed since this checkpoint, so its place in them means nothing; "
             "restore the file, or start anew with --fresh"
         )
+    if roles.critic is not None:
+        roles.on_critic(read_pupil, folder / CRITIC, state["critic_optimizer"])
     roles.on_learners(read_learned, folder, state["optimizer"], state["random"])
     inline.restore(roles, state["roles"], state["step"])
     return state["step"]
@@ -95,7 +105,13 @@ def read_learned(
     words: Mapping[str, Any],
 ) -> None:
     """What `write_learned` wrote, in whichever layout that was, read into the one that is here."""
-    model, optimizer = actor.model, actor.optimizer
+    read_pupil(actor, folder, figures)
+    restore_rng(read_tensors(folder / "random.safetensors"), words)
+
+
+def read_pupil(pupil: Pupil, folder: Path, figures: Mapping[str, Any]) -> None:
+    """Weights and optimizer."""
+    model, optimizer = pupil.model, pupil.optimizer
     check_adapter(folder, model)
     if (folder / SHARDED).is_dir():
         read_sharded(folder / SHARDED, model, optimizer)
@@ -107,7 +123,6 @@ def read_learned(
             tensors = read_tensors(folder / OPTIMIZER)
             restore_optimizer(optimizer.adamw, optimizer.parameter_names, tensors, figures)
             optimizer.restore_masters(read_tensors(folder / MASTERS))
-    restore_rng(read_tensors(folder / "random.safetensors"), words)
 
 
 def check_adapter(folder: Path, model: LanguageModel) -> None:

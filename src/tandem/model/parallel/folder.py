@@ -51,7 +51,8 @@ def write_settings(folder: Path, model: LanguageModel) -> None:
     network, config = model.network, model.network.config
     config.architectures = [type(network).__name__]
     config.save_pretrained(folder)
-    network.generation_config.save_pretrained(folder)
+    if network.can_generate():
+        network.generation_config.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
 
 

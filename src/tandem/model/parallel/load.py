@@ -111,8 +111,9 @@ def downloaded(source: str) -> str:
     return snapshot_download(source, allow_patterns=["*.json", "*.safetensors"])
 
 
-def read_weights(model: ShardedModel, folder: Path) -> None:
-    """Fill the weights that no adapter brings from a folder's safetensors; only this process's slices are read."""
+def read_weights(model: ShardedModel, folder: Path, optional: frozenset[str] = frozenset()) -> None:
+    """Fill the weights that no adapter brings from a folder's safetensors; only this process's slices are read.
+    Those named in `optional` stay as they are where the folder lacks them."""
     targets = {}
     for name, weight in model.module.named_parameters():
         if ".lora_" in name:
@@ -125,6 +126,9 @@ def read_weights(model: ShardedModel, folder: Path) -> None:
                 targets |= {view: Target(name, weight, values, whole=True) for view, values in views}
                 continue
         targets[key] = Target(name, weight, local(weight))
+    if optional:
+        there = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        targets = {key: target for key, target in targets.items() if key in there or key not in optional}
     read(model, targets, folder)
 
 

@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, linear
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from tandem.errors import ConfigError
+from tandem.model.head import gives_values, head_of
 from tandem.model.parallel.collectives import enter, gather, leave, scatter
 from tandem.model.parallel.grid import Axis
 
@@ -74,7 +75,7 @@ def split(
     """
     if axis.size == 1:
         return {name: Part() for name, _ in module.named_parameters()}
-    table, head = network.get_input_embeddings(), network.get_output_embeddings()
+    table, head = network.get_input_embeddings(), head_of(network)
     if isinstance(table, LoraLayer) or isinstance(head, LoraLayer) or head.bias is not None:
         raise ConfigError(
             f"{where}.tensor={axis.size}: embedding and output head with an adapter or a bias cannot be split; "
@@ -92,7 +93,10 @@ def split(
         decoder.get_submodule(path).register_forward_pre_hook(partial(_enter_block, edges), with_kwargs=True)
     scissors.cut(table, "weight", 0)
     table.forward = partial(_look_up, table, edges)
-    scissors.cut(head, "weight", 0)
+    if gives_values(network):
+        _split_value(head, scissors, where)
+    else:
+        scissors.cut(head, "weight", 0)
     decoder.register_forward_hook(partial(_leave_decoder, edges))
     split_blocks = {id(decoder.get_submodule(path)) for path in blocks}
     inside = tuple(f"{name}." for name, inner in module.named_modules() if id(inner) in split_blocks)
@@ -180,6 +184,23 @@ def _look_up(table: nn.Embedding, edges: Edges, tokens_1N: Tensor) -> Tensor:
         padding = None
     found_1NH = embedding(row_1N.masked_fill(absent_1N, 0), table.weight, padding_idx=padding)
     return edges.out(found_1NH.masked_fill(absent_1N[..., None], 0))
+
+
+def _split_value(head: nn.Linear, scissors: "_Scissors", where: str) -> None:
+    """A head with one output is cut along its input."""
+    axis = scissors.axis
+    if head.in_features % axis.size:
+        raise ConfigError(
+            f"{where}.tensor={axis.size} does not divide the model's hidden_size={head.in_features}; use shard instead"
+        )
+    scissors.cut(head, "weight", 1)
+    head.forward = partial(_value, head, axis)
+
+
+def _value(head: nn.Linear, axis: Axis, hidden_NH: Tensor) -> Tensor:
+    """[N, 1] from each process's part of the hidden state."""
+    width = head.weight.shape[1]
+    return leave(linear(hidden_NH.narrow(-1, axis.rank * width, width), head.weight), axis)
 
 
 def _leave_decoder(

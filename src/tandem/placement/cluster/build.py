@@ -27,7 +27,7 @@ from tandem.rollout import Sampler, Stream
 
 if TYPE_CHECKING:
     from tandem.placement.cluster.engines import Engines
-    from tandem.placement.cluster.learners import Learners, RemoteActor, RemoteReference
+    from tandem.placement.cluster.learners import Learners, RemoteActor, RemoteCritic, RemoteReference
     from tandem.placement.cluster.port import Cluster
 
 SHARED = Path("/dev/shm")
@@ -43,6 +43,7 @@ class RemoteRoles:
 
     actor: "RemoteActor"
     reference: "RemoteReference | None"
+    critic: "RemoteCritic | None"
     sampler: SamplerInLine
     stream: AheadStream
     kl: KlController
@@ -96,6 +97,10 @@ class RemoteRoles:
         seconds["timing/resharding_to_infer"], self.sending_s = self.sending_s, 0.0
         return seconds | {"timing/resharding_to_train": self.learners.take_turn_s()}
 
+    def on_critic(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """As `on_learners`, with `work(critic, *arguments)`, for a run that has one."""
+        return self.learners.compute("apply_critic", work, *arguments)
+
     def close(self) -> None:
         self.open.close()
 
@@ -139,6 +144,7 @@ def build(
         roles = RemoteRoles(
             actor=placed.actor(facts),
             reference=placed.reference(inner) if run.needs_reference else None,
+            critic=placed.critic() if run.needs_critic else None,
             sampler=SamplerInLine(inner, line),
             stream=AheadStream(stream, line),
             kl=KlController(kl.coef, kl.target, kl.horizon),

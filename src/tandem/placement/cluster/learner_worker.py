@@ -14,7 +14,7 @@ from tandem.device import describe, pick
 from tandem.engine.probe import TOLERANCE, policy_logp, probe_tokens
 from tandem.engine.roads import FilesRoad, Meeting
 from tandem.engine.weights import ModelWeights, Offer, TensorSpec, Weights, spec_of
-from tandem.learner import Actor, Reference
+from tandem.learner import Actor, Critic, Reference
 from tandem.model import load, tokenizer_of
 from tandem.model.asleep import Asleep
 from tandem.model.compiled import compile_blocks
@@ -25,7 +25,7 @@ from tandem.placement.cluster.broadcast import Sender
 from tandem.placement.cluster.objects import ObjectsRoad
 from tandem.placement.cluster.parcel import Parcel
 from tandem.placement.cluster.process import Process
-from tandem.placement.inline import reference_of
+from tandem.placement.inline import critic_of, reference_of
 from tandem.types import Batch, Experience
 
 
@@ -62,6 +62,7 @@ class LearnerWorker(Process):
         super().__init__(log, run)
         self.rank, self.world = rank, run.placement.learners
         self.reference: Reference | None = None
+        self.critic: Critic | None = None
 
     def build(
         self, address: str, weights: str | None, reference: str | None, root: str | None
@@ -76,10 +77,13 @@ class LearnerWorker(Process):
                 compile_blocks(model)
             self.actor = Actor(model, run)
             self.reference = reference_of(run, model, folder) if run.needs_reference else None
+            self.critic = critic_of(run, model) if run.needs_critic else None
         else:
             self.actor = ranks.build_actor(run, run.learner.layout, self.rank, self.world, address, start)
             if run.needs_reference:
                 self.reference = ranks.build_reference(run, run.reference.layout, self.actor, folder)
+            if run.needs_critic:
+                self.critic = ranks.build_critic(run, run.critic.layout, self.actor)
         self.dtype = DTYPES[run.engine.dtype or run.model.dtype]
         self.weights = self._weights()
         self.road = self._sending_end(root)
@@ -101,6 +105,16 @@ class LearnerWorker(Process):
         """The figures of the update, and the actor's counters after it."""
         figures = self.actor.update(parts, kl_coef)
         return self._first((figures, self.actor.counters()))
+
+    def values(self, batch: Batch) -> Tensor | None:
+        assert self.critic is not None
+        return self._first(self.critic.values(batch))
+
+    def update_critic(self, parts: Sequence[Experience]) -> tuple[Any, Any] | None:
+        """As `update`."""
+        assert self.critic is not None
+        figures = self.critic.update(parts)
+        return self._first((figures, self.critic.counters()))
 
     def restore_counters(self, saved: Mapping[str, int]) -> None:
         self.actor.restore_counters(saved)
@@ -127,9 +141,8 @@ class LearnerWorker(Process):
 
     def sleep(self) -> int:
         """Give the device's memory to the engine beside it; returns the bytes that wait in host memory."""
-        tensors = self.actor.tensors
-        if self.reference is not None:
-            tensors += self.reference.tensors
+        roles = [role for role in (self.actor, self.reference, self.critic) if role is not None]
+        tensors = [tensor for role in roles for tensor in role.tensors]
         self._asleep = Asleep(tensors, self.actor.model.device)
         return self._asleep.nbytes
 
@@ -152,6 +165,10 @@ class LearnerWorker(Process):
     def apply(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """`work(actor, reference, *arguments)` where these are."""
         return self._first(work(self.actor, self.reference, *arguments))
+
+    def apply_critic(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """`work(critic, *arguments)` where it is."""
+        return self._first(work(self.critic, *arguments))
 
     def close(self) -> None:
         if self.rank == 0:

@@ -1,4 +1,4 @@
-"""The actor and the reference as the loop sees them, while the work is done by the learners."""
+"""Actor, reference and critic as the loop sees them, while the work is done by the learners."""
 
 import threading
 import time
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tandem.config.run import Run
 from tandem.errors import RunError
-from tandem.learner import units
+from tandem.learner import Critic, units
 from tandem.placement.cluster import port
 from tandem.placement.cluster.learner_worker import Facts
 from tandem.placement.cluster.lost import WorkerLost
@@ -140,6 +140,32 @@ class RemoteActor:
     def restore_counters(self, saved: Mapping[str, int]) -> None:
         self.learners.call("restore_counters", dict(saved))
         self._counters = {name: saved[name] for name in self._counters}
+
+
+class RemoteCritic:
+    """What predicts the reward to come, and its optimizer."""
+
+    def __init__(self, learners: Learners) -> None:
+        self.learners = learners
+        self._counters = {"nonfinite_in_a_row": 0, "updates": 0}
+
+    def values(self, batch: Batch) -> Tensor:
+        return self.learners.compute("values", batch)
+
+    def update(self, parts: Sequence[Experience]) -> dict[str, float]:
+        figures, self._counters = self.learners.compute("update_critic", parts)
+        return figures
+
+    def counters(self) -> dict[str, int]:
+        return dict(self._counters)
+
+    def restore_counters(self, saved: Mapping[str, int]) -> None:
+        self.learners.call("apply_critic", restore_counters, dict(saved))
+        self._counters = dict(saved)
+
+
+def restore_counters(critic: Critic, saved: Mapping[str, int]) -> None:
+    critic.restore_counters(saved)
 
 
 class RemoteReference:

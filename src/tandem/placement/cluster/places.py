@@ -10,7 +10,13 @@ from tandem.placement.cluster.broadcast import Broadcasting, Reading
 from tandem.placement.cluster.engine_worker import EngineWorker
 from tandem.placement.cluster.engines import Engines
 from tandem.placement.cluster.learner_worker import Facts, LearnerWorker
-from tandem.placement.cluster.learners import Learners, Meanwhile, RemoteActor, RemoteReference
+from tandem.placement.cluster.learners import (
+    Learners,
+    Meanwhile,
+    RemoteActor,
+    RemoteCritic,
+    RemoteReference,
+)
 from tandem.placement.cluster.port import Cluster, Worker
 from tandem.rollout import Sampler
 
@@ -75,6 +81,9 @@ class Placed:
         if Meanwhile.helps(self.run):
             sampler.on_group = Meanwhile(reference)
         return reference
+
+    def critic(self) -> RemoteCritic:
+        return RemoteCritic(self.learners)
 
     def _learners_turn(self) -> None:
         if self.line.failed:

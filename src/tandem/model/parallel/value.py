@@ -1,0 +1,31 @@
+"""A model that predicts one value, on many processes."""
+
+from pathlib import Path
+
+import torch
+
+from tandem.model.load import check_vocabulary, describe, existing, load_tokenizer
+from tandem.model.parallel.grid import Grid
+from tandem.model.parallel.load import downloaded, read_weights
+from tandem.model.parallel.model import ShardedModel
+from tandem.model.value import HEAD, KEY, empty_value
+
+
+def value_sharded(
+    policy: ShardedModel, grid: Grid, path: str | None, trust_remote_code: bool = False
+) -> ShardedModel:
+    """A critic on the processes of a grid: the model of a folder, or the policy's layers, any adapter merged. Without
+    a head of its own its values begin at 0. Collective."""
+    source = policy.source if path is None else existing(path, KEY)
+    config = policy.network.config if path is None else describe(source, trust_remote_code)
+    if path is not None:
+        check_vocabulary(policy.tokenizer, load_tokenizer(source, trust_remote_code, KEY), KEY, path)
+    network = empty_value(config, policy.network.dtype, trust_remote_code)
+    model = ShardedModel(network, policy.tokenizer, source, grid, "critic.layout")
+    with torch.no_grad():
+        network.score.weight.zero_()
+    if path is None:
+        model.take_over(policy)
+    else:
+        read_weights(model, Path(downloaded(source)), optional=frozenset({HEAD}))
+    return model

@@ -1,0 +1,57 @@
+"""Bytes that a critic adds to a run, in memory and in a checkpoint."""
+
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerFast
+
+from tandem.config.run import Run
+from tandem.model.load import DTYPES
+from tandem.train import footprint
+from tandem.train.footprint import FLOAT, Memory, Shape
+from tandem.train.plan.axes import ALONE, Axes
+
+
+def critic_shape(run: Run, policy: Shape, tokenizer: PreTrainedTokenizerFast | None) -> Shape:
+    """The sizes of the run's critic: layers of a language model, all trained, with one output in place of the head."""
+    plain = run.model.model_copy(update={"lora": None})
+    shape = policy
+    if run.critic.path is not None or run.model.lora is not None:
+        shape = footprint.shape_of(plain, tokenizer, run.critic.path)
+    parameters = shape.parameters - (0 if shape.tied else shape.head) + shape.hidden
+    return replace(
+        shape,
+        parameters=parameters,
+        trainable=parameters,
+        vocabulary=1,
+        head=shape.hidden,
+        tied=False,
+    )
+
+
+def with_critic(need: Memory, run: Run, critic: Shape, longest_prompt: int, axes: Axes = ALONE) -> Memory:
+    """What the fullest process takes when a critic learns on it too. Policy and critic learn one after the other, so
+    of their updates the larger counts."""
+    word, config = DTYPES[run.model.dtype].itemsize, run.critic
+    weights, trained = footprint.held(critic, axes)
+    states = {"critic's optimizer": trained * 2 * FLOAT}
+    if word != FLOAT or config.optimizer.offload:
+        states["critic's master weights"] = trained * FLOAT
+    lasting, host = need.lasting | {"critic": weights * word}, dict(need.host)
+    if config.optimizer.offload:
+        host |= states | {"gradients of the critic's masters": trained * FLOAT}
+    else:
+        lasting |= states
+    updating = footprint.update(run, critic, longest_prompt, word, axes)
+    if config.layout.offload_parameters:
+        host["critic"] = lasting.pop("critic")
+    if config.layout.offload_parameters or config.layout.offload_gradients:
+        host["critic's gradients"] = updating.pop("gradients")
+    larger = max(need.update, updating, key=lambda parts: sum(parts.values()))
+    return replace(need, lasting=lasting, host=host, update=larger)
+
+
+def saved_bytes(run: Run, critic: Shape) -> int:
+    """Of a critic in one checkpoint."""
+    word = DTYPES[run.model.dtype].itemsize
+    masters = FLOAT if word != FLOAT or run.critic.optimizer.offload else 0
+    return critic.parameters * (word + 2 * FLOAT + masters)

@@ -1,0 +1,224 @@
+"""The critic as a role: what it may see, where it starts, what an update of it is, on one process and on several."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, Qwen2ForSequenceClassification
+
+from critic_ranks import LAYOUTS, STARTS, everything, prediction, settings, single, weights_of
+from parallel_ranks import CPU, launch
+from tandem.config.critic import Critic as CriticConfig
+from tandem.config.sections import Lora
+from tandem.errors import ConfigError
+from tandem.model import LanguageModel, load, token_values
+from tandem.model.new import new_tokenizer
+from tandem.model.value import load_value
+from tandem.placement.inline import critic_of
+from tiny_models import FAMILIES, network, randomized
+from tiny_step import batch
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy, and a reward model of another shape."""
+    made = tmp_path_factory.mktemp("critic")
+    network("qwen2_grouped").save_pretrained(made / "policy")
+    config = FAMILIES["qwen2_grouped"]().config
+    config.intermediate_size, config.num_labels = 64, 1
+    randomized(Qwen2ForSequenceClassification(config), seed=4).save_pretrained(made / "critic")
+    for name in ("policy", "critic"):
+        new_tokenizer().save_pretrained(made / name)
+    return made
+
+
+@torch.no_grad()
+def values(model: LanguageModel, part, **how) -> torch.Tensor:
+    return token_values(model, part.tokens_BT, part.mask_BT, part.length_B, **how)
+
+
+def test_a_value_is_the_classifiers_at_the_token_before(place):
+    """Against Transformers' own head and attention, row by row."""
+    model, part = single(place, "given").model, batch()
+    value_BT = values(model, part)
+    theirs = AutoModelForSequenceClassification.from_pretrained(
+        place / "critic", attn_implementation="eager"
+    ).eval()
+    for row, length in enumerate(part.length_B.tolist()):
+        hidden_1TH = theirs.model(part.tokens_BT[row : row + 1, :length]).last_hidden_state
+        said_T = theirs.score(hidden_1TH)[0, :, 0].detach()
+        span_T = part.mask_BT[row, :length]
+        torch.testing.assert_close(value_BT[row, :length][1:][span_T[1:]], said_T[:-1][span_T[1:]])
+    assert not value_BT[~part.mask_BT].any() and value_BT.std() > 0.1
+
+
+def test_a_value_knows_what_came_before_and_not_the_token_it_is_for(place):
+    model, part = single(place, "given").model, batch()
+    column = int(part.prompt_length_B[0])
+    changed = part.tokens_BT.clone()
+    changed[0, column] = (changed[0, column] + 1) % 250
+    before_BT, after_BT = values(model, part), values(model, replace(part, tokens_BT=changed))
+    assert torch.equal(before_BT[0, : column + 1], after_BT[0, : column + 1])
+    later_T = part.mask_BT[0].clone()
+    later_T[: column + 1] = False
+    assert bool((before_BT[0] != after_BT[0])[later_T].all()) and later_T.any()
+
+
+def test_shared_prompts_change_no_value(place):
+    model, part = single(place, "given").model, batch()
+    shared = {"prompt_length_B": part.prompt_length_B, "group_B": part.group_B}
+    torch.testing.assert_close(values(model, part, **shared), values(model, part))
+    documents = values(model, part, attention="documents", **shared)
+    torch.testing.assert_close(documents, values(model, part))
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_an_update_does_not_depend_on_the_cut(place, start):
+    ends = []
+    for tokens in (100_000, 1):
+        made = settings(place, start)
+        learner = made.learner.model_copy(update={"tokens_per_forward": tokens})
+        made = made.model_copy(update={"learner": learner})
+        critic = critic_of(made, load(made.model, new_tokenizer(), CPU))
+        _, part = prediction(critic)
+        figures = critic.update([part, part])
+        ends.append((weights_of(critic), figures))
+    (weights, figures), (others, other_figures) = ends
+    assert figures["critic/updates"] == 2 and figures["critic/grad_norm"] > 1e-2
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, others[name], atol=1e-5, rtol=1e-5, msg=name)
+    assert other_figures == pytest.approx(figures, rel=1e-4, abs=1e-5)
+
+
+def test_without_a_head_of_its_own_a_critic_says_nothing_yet_and_has_the_policys_layers(place):
+    ours = single(place, "policy")
+    assert not ours.values(batch()).any()
+    policy = load(ours.run.model, new_tokenizer(), CPU)
+    theirs = dict(policy.weights())
+    found = weights_of(ours)
+    assert found.keys() - theirs.keys() == {"score.weight"} and theirs.keys() - found.keys() == set()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in found.items() if name in theirs)
+    from_folder = load_value(str(place / "policy"), "fp32", new_tokenizer(), CPU)
+    for name, weight in from_folder.weights():
+        assert torch.equal(weight, found[name]), name
+    ours.update([prediction(ours)[1]])
+    assert all(torch.equal(weight, theirs[name]) for name, weight in policy.weights()), "not shared"
+
+
+def test_an_adapter_of_the_policy_is_in_its_critic_and_is_not_trained_there(place):
+    made = settings(place, "policy")
+    adapted = made.model.model_copy(update={"lora": Lora(rank=2, alpha=8.0)})
+    made = made.model_copy(update={"model": adapted})
+    policy = load(made.model, new_tokenizer(), CPU)
+    for weight in policy.trainable().values():
+        torch.nn.init.normal_(weight, std=0.1)
+    critic = critic_of(made, policy)
+    merged, found = dict(policy.weights()), weights_of(critic)
+    assert all(torch.equal(found[name], merged[name]) for name in found if name != "score.weight")
+    assert len(critic.model.trainable()) == len(found)
+
+
+def test_a_critic_learns_what_can_be_known(place):
+    """Half of the prompts end in a token that decides the reward."""
+    made = settings(place, "policy", optimizer={"lr": 3e-3})
+    critic = critic_of(made, load(made.model, new_tokenizer(), CPU))
+    raw = batch()
+    _, part = prediction(critic)
+    known_B = (raw.group_B % 2).float()
+    part = replace(part, return_BT=known_B[:, None] * part.mask_BT, value_BT=torch.zeros(part.mask_BT.shape))
+    free = critic.run.algorithm.model_copy(update={"value_clip": None})
+    critic.run = critic.run.model_copy(update={"algorithm": free})
+    losses = [critic.update([part])["critic/value_loss"] for _ in range(40)]
+    assert losses[-1] < losses[0] / 10, losses
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_too_many_end_the_run(place):
+    critic = single(place, "given")
+    _, part = prediction(critic)
+    broken = replace(part, return_BT=part.return_BT / 0)
+    before = weights_of(critic)
+    figures = critic.update([broken, broken])
+    assert figures["critic/skipped_nonfinite"] == 2 and figures["critic/updates"] == 0
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(critic).items())
+    with pytest.raises(Exception, match=r"Lower critic\.optimizer\.lr"):
+        critic.update([broken])
+    nothing = replace(part, mask_BT=part.mask_BT & False)
+    assert single(place, "given").update([nothing])["critic/skipped_empty"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("nowhere", r"critic\.path=.*nowhere does not exist"),
+        ("labels", r"critic\.path=.*labels cannot be loaded as a model of values"),
+        ("bias", r"critic\.path=.*bias has a head with a bias"),
+        ("half", r"critic\.path=.*half lacks \d+ weights: model\."),
+        ("words", r"critic\.path=.*words: its tokenizer has \d+ entries and the policy's has \d+"),
+    ],
+)
+def test_a_folder_that_cannot_be_a_critic_is_refused_by_name(place, tmp_path, change, said):
+    folder = tmp_path / change
+    if change != "nowhere":
+        folder.mkdir()
+        for file in (place / "critic").iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+    if change in ("labels", "bias", "half"):
+        weights = load_file(folder / "model.safetensors")
+        if change == "labels":
+            weights["score.weight"] = weights["score.weight"].repeat(2, 1)
+        elif change == "bias":
+            weights["score.bias"] = torch.zeros(1)
+        else:
+            del weights["model.norm.weight"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if change == "words":
+        odd = new_tokenizer()
+        odd.add_tokens(["one more"])
+        odd.save_pretrained(folder)
+    with pytest.raises(ConfigError, match=said):
+        load_value(str(folder), "fp32", new_tokenizer(), CPU)
+
+
+def test_a_pipeline_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"critic\.layout\.pipeline=2: .*use shard or tensor"):
+        CriticConfig.model_validate({"layout": {"pipeline": 2}})
+
+
+@pytest.fixture(scope="module")
+def spread(place) -> Path:
+    """The folder in which two processes have worked."""
+    launch(everything, 2, place)
+    return place
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("start", STARTS)
+def test_two_processes_do_what_one_does(spread, start, layout):
+    critic = single(spread, start)
+    value_BT, part = prediction(critic)
+    begin = weights_of(critic)
+    figures = critic.update([part, part])
+    weights = weights_of(critic)
+    assert max(float((weights[n] - begin[n]).abs().max()) for n in weights) > 2e-3
+    theirs = load_file(spread / f"{start} {layout}.safetensors")
+    torch.testing.assert_close(theirs.pop("value_BT"), value_BT, atol=1e-5, rtol=1e-5)
+    assert theirs.keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(theirs[name], weight, atol=1e-5, rtol=1e-5, msg=name)
+    found = json.loads((spread / f"{start} {layout}.json").read_text())
+    assert found == pytest.approx(figures, rel=1e-5, abs=1e-5)
+    assert found["critic/value_clipfrac"] > 0
+
+
+def test_a_critic_on_many_processes_is_saved_as_one_of_transformers(spread):
+    folder = spread / "exported"
+    ours = dict(load_value(str(folder), "fp32", new_tokenizer(), CPU).weights())
+    theirs = load_file(spread / f"given {list(LAYOUTS)[-1]}.safetensors")
+    for name, weight in ours.items():
+        assert torch.equal(weight, theirs[name]), name
+    assert type(AutoModelForSequenceClassification.from_pretrained(folder)).__name__ == (
+        "Qwen2ForSequenceClassification"
+    )
