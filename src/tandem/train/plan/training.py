@@ -55,7 +55,7 @@ class Trainer:
         tokens, learner = share(self.run, self.lengths, self.axes.data), self.run.learner
         passes = 2 + learner.checkpointing
         products = update(self.run, self.shape, tokens).total / self._processes / self.rates.update
-        sums = self._summing() * tokens.forwards
+        sums = self._summing(tokens.forwards)
         one = self._pass(tokens, products, passes, gathers=2, more=sums, optimizer=self._optimizer())
         return times(one, learner.updates_per_step * learner.epochs_per_step)
 
@@ -136,11 +136,11 @@ class Trainer:
         more = self._layers - 1
         return seconds + more * self.links.all_gather(0.0, axes.cut, axes.tensor)
 
-    def _summing(self) -> float:
-        """Gradients of a stage: summed in float32 within the shards, then between the copies."""
+    def _summing(self, forwards: int) -> float:
+        """Gradients of a stage: summed in float32 within the shards each time, between the copies once per update."""
         axes, trained = self.axes, held(self.shape, self.axes)[1]
         between = self.links.all_reduce(trained * FLOAT, axes.replicate, axes.tensor * axes.cut)
-        return self._moving(trained, FLOAT) + between
+        return forwards * self._moving(trained, FLOAT) + between
 
     def _optimizer(self) -> float:
         trained = held(self.shape, self.axes)[1]
