@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from ray_runs import trajectory
 from small_recipe import recipe
 from tandem.config import load
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, RunError
 from tandem.journal import read_metrics
 from tandem.model import load as load_model
 from tandem.model import tokenizer_of
@@ -20,6 +20,7 @@ from tandem.placement.inline import critic_of
 from tandem.train import footprint
 from tandem.train.critic_bytes import critic_shape, saved_bytes, with_critic
 from tandem.train.interrupt import Interrupted
+from tandem.train.layouts import check_layouts
 from tandem.train.plan.request import planned
 from tandem.train.run import Launch, train
 from tandem.train.session import Session
@@ -84,6 +85,28 @@ def test_a_stopped_run_goes_on_with_the_critic_it_had(inline, tmp_path):
     assert run_in(tmp_path) == inline[0]
     for name, weight in critic_in(tmp_path).items():
         assert torch.equal(weight, inline[1][name]), name
+
+
+def test_a_checkpoint_without_a_critic_is_refused(tmp_path):
+    run_in(tmp_path, steps=1, algorithm={"preset": "reinforce_pp"})
+    with pytest.raises(RunError, match=r"holds no critic, which algorithm\.advantage=gae needs"):
+        path = recipe(tmp_path, **PPO | {"steps": 2})
+        train(load(path), Launch(recipe=str(path), allow_config_change=True))
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ({"tensor": 4}, r"critic\.layout\.tensor=4 does not divide"),
+        ({"shard": 3}, r"critic\.layout: .*shard=3"),
+    ],
+    ids=str,
+)
+def test_a_layout_that_a_critic_cannot_have_is_refused_before_anything_starts(layout, said, tmp_path):
+    spread = {"placement": {"kind": "apart", "learners": 4}, "critic": {"layout": layout}}
+    made = load(recipe(tmp_path, **PPO | spread))
+    with pytest.raises(ConfigError, match=said):
+        check_layouts(made, tokenizer_of(made.model))
 
 
 @needs_ray

@@ -29,7 +29,7 @@ from tandem.train import footprint, trial
 from tandem.train.critic_bytes import critic_shape, saved_bytes, with_critic
 from tandem.train.finding import Finding, Line
 from tandem.train.footprint import Memory, Shape, readable
-from tandem.train.layouts import check_layouts, holds_reference, layouts_of
+from tandem.train.layouts import check_layouts, critic_axes, holds_reference, layouts_of
 
 SAMPLE = 256
 """Prompts whose round trip is checked, spread over the data."""
@@ -121,6 +121,8 @@ def look_at_layout(bench: Bench) -> list[Line]:
     said = f"learner.layout on {learners} learners: {ours}"
     if holds_reference(run):
         said += f"; reference.layout: {other}"
+    if run.needs_critic:
+        said += f"; critic.layout: {critic_axes(run)}"
     return [("ok", f"{said}; they fit the model by its config, no learner was started and no weight loaded")]
 
 
@@ -204,15 +206,14 @@ def look_at_memory(bench: Bench) -> list[Line]:
         raise NotChecked("device")
     reference = reference_shape(bench)
     try:
-        axes = layouts_of(run)
+        axes, critics = layouts_of(run), critic_axes(run)
     except ConfigError:
         raise NotChecked("layout") from None
     need = footprint.memory(run, shape(bench), bench.longest_prompt(), reference, *axes)
     on_device, on_host = free_bytes(device), footprint.host_bytes()
     if run.needs_critic:
-        need = with_critic(
-            need, run, critic_shape(run, shape(bench), tokenizer(bench)), bench.longest_prompt()
-        )
+        critic = critic_shape(run, shape(bench), tokenizer(bench))
+        need = with_critic(need, run, critic, bench.longest_prompt(), critics)
     free = on_host if on_device is None else on_device
     offloaded = sum(need.host.values())
     if on_device is None:

@@ -9,8 +9,8 @@ from tandem.train.plan.axes import ALONE, Axes
 
 
 def check_layouts(run: Run, tokenizer: PreTrainedTokenizerFast | None) -> None:
-    """ConfigError where `learner.layout`, or that of a reference with weights of its own, cannot be on the run's
-    learners. On one process there is nothing to lay out. Only `model.new` needs the tokenizer."""
+    """ConfigError where `learner.layout`, or that of a reference with weights of its own or of a critic, cannot be on
+    the run's learners. On one process there is nothing to lay out. Only `model.new` needs the tokenizer."""
     learners = run.placement.learners
     if learners == 1:
         return
@@ -19,6 +19,9 @@ def check_layouts(run: Run, tokenizer: PreTrainedTokenizerFast | None) -> None:
     if holds_reference(run):
         config = config_of(run.model, tokenizer, run.reference.path)
         check_fit(run.reference.layout, config, learners, "reference.layout")
+    if run.needs_critic:
+        config = config_of(run.model, tokenizer, run.critic.path)
+        check_fit(run.critic.layout, config, learners, "critic.layout")
 
 
 def layouts_of(run: Run) -> tuple[Axes, Axes]:
@@ -27,6 +30,12 @@ def layouts_of(run: Run) -> tuple[Axes, Axes]:
     if learners == 1:
         return ALONE, ALONE
     return Axes.of(run.learner.layout, learners), Axes.of(run.reference.layout, learners)
+
+
+def critic_axes(run: Run) -> Axes:
+    """As `layouts_of`, of the critic."""
+    learners = run.placement.learners
+    return ALONE if learners == 1 else Axes.of(run.critic.layout, learners)
 
 
 def holds_reference(run: Run) -> bool:

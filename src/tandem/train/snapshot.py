@@ -91,6 +91,11 @@ def restore(folder: Path, roles: Roles, data: str) -> int:
             "restore the file, or start anew with --fresh"
         )
     if roles.critic is not None:
+        if "critic_optimizer" not in state:
+            raise RunError(
+                f"{folder} holds no critic, which algorithm.advantage=gae needs: begin anew from its policy, with "
+                f"model.path={folder / MODEL} and another run_dir"
+            )
         roles.on_critic(read_pupil, folder / CRITIC, state["critic_optimizer"])
     roles.on_learners(read_learned, folder, state["optimizer"], state["random"])
     inline.restore(roles, state["roles"], state["step"])
