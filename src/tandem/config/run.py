@@ -89,6 +89,7 @@ class Run(Section):
         full = self.placement.learners * learner.tokens_per_forward // longest
         return max(1, full, -(-s.prompts_per_step // 8))
 
+    @property
     def needs_critic(self) -> bool:
         return self.algorithm.advantage == "gae"
 
