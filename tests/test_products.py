@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 import expert_ranks
 import pipeline_ranks
 from expert_ranks import EVERYWHERE
-from parallel_ranks import CPU, launch, single, update, weights_of
+from parallel_ranks import CPU, PROBE, launch, single, update, weights_of
+from tandem.engine.probe import policy_logp
 from tandem.model.new import new_tokenizer
 from tandem.model.parallel.grid import connect
 from tiny_models import randomized
@@ -63,8 +64,11 @@ def test_a_product_of_axes_does_what_one_process_does(place, name):
     figures = actor.update([part, part], 0.05)
     weights = weights_of(actor)
     assert max(float((weights[n] - start[n]).abs().max()) for n in weights) > 2e-3
+    actor.model.module.eval()
+    probe_T = torch.tensor(policy_logp(actor.model, PROBE))
     theirs = load_file(place / f"{name}.safetensors")
     torch.testing.assert_close(theirs.pop("logp_BT"), logp_BT, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(theirs.pop("probe_T"), probe_T, atol=1e-4, rtol=1e-5)
     assert theirs.keys() == weights.keys()
     for key, weight in weights.items():
         torch.testing.assert_close(theirs[key], weight, atol=1e-5, rtol=1e-5)

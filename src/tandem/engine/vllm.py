@@ -13,7 +13,7 @@ from tandem.config.engine import Engine
 from tandem.config.sections import Lora
 from tandem.engine.answers import Completion, Pause, Request
 from tandem.engine.random import key
-from tandem.engine.roads import FilesRoad
+from tandem.engine.roads import FilesRoad, RoadBroken
 from tandem.engine.sampling import SamplingParams
 from tandem.engine.text import has_stop_text
 from tandem.engine.vllm_answer import Answer
@@ -206,7 +206,8 @@ class VllmEngine:
         failures = [f for f in self._llm.collective_rpc("weight_failure") if f is not None]
         if failures:
             self._llm.finish_weight_update()
-            raise failures[0]
+            reason, broken = failures[0]
+            raise RoadBroken(reason) if broken else RunError(reason)
 
     def _take_adapter(self, offer: Offer) -> None:
         """vLLM reads the adapter from the offer's folder, once the files there are found whole."""

@@ -24,7 +24,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from tandem.device import synchronize
-from tandem.engine.roads import BroadcastRoad, FilesRoad, IpcRoad, MemoryRoad, Road
+from tandem.engine.roads import BroadcastRoad, FilesRoad, IpcRoad, MemoryRoad, Road, RoadBroken
 from tandem.engine.sampling import SamplingParams
 from tandem.engine.weights import Offer, verified
 from tandem.errors import RunError
@@ -206,9 +206,11 @@ class WorkerExtension:
 
     weight_transfer_engine: Receiver
 
-    def weight_failure(self) -> RunError | None:
-        """Why the weights sent last were refused."""
-        return self.weight_transfer_engine.failure
+    def weight_failure(self) -> tuple[str, bool] | None:
+        """Why the weights sent last were refused, and whether the road broke; as words, for vLLM takes an exception
+        that is returned for one that was raised."""
+        failure = self.weight_transfer_engine.failure
+        return None if failure is None else (str(failure), isinstance(failure, RoadBroken))
 
 
 def tie_again(model: torch.nn.Module) -> None:

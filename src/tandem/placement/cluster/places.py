@@ -1,6 +1,7 @@
 """Who sits where: bundles of devices, one per worker or per pair that shares a device, and the workers on them."""
 
 from collections.abc import Mapping
+from concurrent.futures import wait
 from pathlib import Path
 
 from tandem.config.run import Run
@@ -86,10 +87,10 @@ class Placed:
         return RemoteCritic(self.learners)
 
     def _learners_turn(self) -> None:
+        # What went wrong in the line is told to whoever takes the next groups; learners can still save what they have.
+        wait([self.line.submit(self.engines.sleep)])
         if self.line.failed:
             self.engines.end()
-        else:
-            self.line.submit(self.engines.sleep).result()
 
     def _spawn_learner(self, rank: int) -> Worker:
         return self.cluster.spawn(LearnerWorker, f"learner {rank}", rank, self._learner, 1, self.run, rank)
