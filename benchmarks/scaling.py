@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -56,9 +56,22 @@ class SleepingEngine:
 
     seconds: float
 
-    def generate(self, requests: Sequence[Request], params: object, *, poll: object) -> list[Completion]:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: object,
+        *,
+        poll: object,
+        on_done: Callable[[int, Completion], None],
+    ) -> list[Completion]:
         time.sleep(self.seconds)
-        return [Completion(tokens=(5,), logp=(-1.0,), policy_logp=(-1.0,), finish="length") for _ in requests]
+        done = [
+            Completion(tokens=(5,), logp=(-1.0,), policy_logp=(-1.0,), versions=(r.version,), finish="length")
+            for r in requests
+        ]
+        for index, completion in enumerate(done):
+            on_done(index, completion)
+        return done
 
 
 def layout_rows(rounds: int, names: Sequence[str]) -> list[dict[str, Any]]:
