@@ -29,7 +29,7 @@ from tandem.engine import roads
 from tandem.engine.weights import ModelWeights
 
 roads.BUCKET = 1 << 14
-end = roads.BroadcastRoad("127.0.0.1", int(sys.argv[1]), 1, 3, CPU, timeout_s=30)
+end = roads.BroadcastRoad("127.0.0.1", int(sys.argv[1]), 1, 3, CPU, timeout_s=120)
 end.connect()
 arriving = end.read(end.offer(1, ModelWeights(policy(1))))
 next(arriving)
@@ -47,10 +47,10 @@ def run_in(folder, **changes):
 def test_a_receiver_that_dies_in_the_middle_ends_it_for_all_and_soon(monkeypatch):
     """The one that lives has part of the weights, and refuses to generate until it has all of a version."""
     monkeypatch.setattr(roads, "BUCKET", 1 << 14)
-    sender = BroadcastRoad("127.0.0.1", 0, 0, 3, CPU, timeout_s=5)
+    sender = BroadcastRoad("127.0.0.1", 0, 0, 3, CPU, timeout_s=120)
     weights = ModelWeights(policy(1))
     with subprocess.Popen([sys.executable, "-c", DIES, str(sender.port)], env=environment()) as dying:
-        end = BroadcastRoad("127.0.0.1", sender.port, 2, 3, CPU, timeout_s=5)
+        end = BroadcastRoad("127.0.0.1", sender.port, 2, 3, CPU, timeout_s=120)
         with beside(sender.connect):
             end.connect()
         engine = ReceivingEngine(policy(0), end, slots=4)
