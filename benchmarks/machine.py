@@ -18,6 +18,7 @@ def cores() -> int:
 def hardware(device: str, threads: int) -> dict[str, object]:
     return {
         "cpu": cpu_model(),
+        "vectors": vectors(),
         "cores": cores(),
         "threads": threads,
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
@@ -29,6 +30,13 @@ def cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def vectors() -> str:
+    """The widest vector unit that PyTorch uses, such as AVX2 or AVX512."""
+    import torch
+
+    return str(torch.backends.cpu.get_cpu_capability())
 
 
 def accelerator(device: str) -> str | None:

@@ -314,8 +314,8 @@ class Learner(Section):
     """Optimizer updates that a step's answers are cut into."""
     epochs_per_step: int = Field(1, gt=0)
     """Passes over a step's answers."""
-    tokens_per_forward: int = Field(2560, gt=0)
-    """Micro-batches hold at most so many tokens; the result does not depend on it. A CPU is fastest with a few
+    tokens_per_forward: int = Field(1280, gt=0)
+    """Micro-batches hold at most so many tokens; the result does not depend on it. A CPU is fastest with one or two
     thousand, an accelerator with as many as fit."""
     attention: Literal["padded", "documents"] = "padded"
     """How rows of different lengths attend: side by side, padded, with the kernels of PyTorch; or in one line with
