@@ -1,8 +1,6 @@
 """New weights reach answers in the making: what each token says of its version, the bound on it, and what it costs."""
 
 import json
-import os
-import signal
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from ray_runs import SMALL, pids
+from ray_runs import SMALL, end, hanging, pids
 from slow_engines import DIGITS, SlowEngine, ThreadWorker, first_done, parcel
 from small_recipe import recipe
 from tandem.config import load
@@ -31,7 +29,7 @@ from tandem.train.session import Session
 from test_stream import make, model, scorer  # noqa: F401
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
-PLACEMENT = {"kind": "apart", "cpus": 1, "start_timeout_s": 120, "engine_timeout_s": 8, "backoff_s": 0.1}
+PLACEMENT = {"kind": "apart", "cpus": 1, "backoff_s": 0.1}
 SAMPLING_S, TRAINING_S, TOKENS, STEPS = 0.4, 0.25, 40, 8
 
 
@@ -52,7 +50,7 @@ def slow(monkeypatch):
             return ThreadWorker(made[-1], f"engine {number}")
 
         placement = Placement(kind="apart", engines=count, backoff_s=0.0, engine_timeout_s=1.0)
-        closing.append(engines.Engines(spawn, lambda number: True, placement, Reading(), lambda: None))
+        closing.append(engines.Engines(spawn, lambda number: "", placement, Reading(), lambda: None))
         return closing[-1], made
 
     yield built
@@ -200,20 +198,21 @@ def test_tokens_are_of_the_weights_that_their_version_says(tmp_path, monkeypatch
 
 
 @needs_ray
-def test_lost_engines_change_nothing_of_that(tmp_path, monkeypatch):
-    hit = []
+def test_broadcasts_and_lost_engines_change_nothing_of_that(tmp_path, monkeypatch):
+    """Answers in the making wait for a broadcast of all; one engine is killed, then one hangs."""
+    hang, hit = hanging(monkeypatch), []
     after = Session.after
 
     def strike(self, step, *rest):
         after(self, step, *rest)
         if step in (1, 3):
-            victim = pids(tmp_path / "run", "engine")[-1 if step == 1 else 0]
-            hit.append(victim)
-            os.kill(victim, signal.SIGKILL if step == 1 else signal.SIGSTOP)
+            hit.append(pids(tmp_path / "run", "engine")[-1 if step == 1 else 0])
+            (end if step == 1 else hang)(hit[-1])
 
     monkeypatch.setattr(Session, "after", strike)
-    run, rows, records = run_in(tmp_path, monkeypatch, placement=PLACEMENT | {"engines": 2})
-    held_against_their_weights(tmp_path, run, records)
+    road = {"transfer": "broadcast"}
+    run, rows, records = run_in(tmp_path, monkeypatch, placement=PLACEMENT | {"engines": 2}, engine=road)
+    assert held_against_their_weights(tmp_path, run, records) > 0
     assert len(rows) == run.steps and len(set(hit)) == 2
     assert len(set(pids(tmp_path / "run", "engine"))) > 2
     assert not any(psutil.pid_exists(pid) for pid in hit)

@@ -17,7 +17,7 @@ from tandem.errors import RunError
 from tandem.placement.cluster import port
 from tandem.placement.cluster.broadcast import Broadcasting, Reading
 from tandem.placement.cluster.engine_worker import Progress
-from tandem.placement.cluster.lost import WorkerLost
+from tandem.placement.cluster.lost import EnginesLost, WorkerLost
 from tandem.placement.cluster.parcel import Parcel
 
 log = logging.getLogger("tandem.engines")
@@ -102,14 +102,15 @@ class Engines:
     def __init__(
         self,
         spawn: Callable[[int], port.Worker],
-        has_room: Callable[[int], bool],
+        lacks: Callable[[int], str],
         placement: Placement,
         road: Reading | Broadcasting,
         turn: Callable[[], None],
     ) -> None:
-        """`spawn` starts the engine of a number, which waits for room where its node was lost and no other has any;
-        `turn` is called before they sample: where learners share their devices it may put these to sleep."""
-        self._spawn, self._has_room, self._turn = spawn, has_room, turn
+        """`spawn` starts the engine of a number, which waits for room where its node was lost and no other has any:
+        `lacks` says what it needs of a node then, and nothing otherwise. `turn` is called before they sample: where
+        learners share their devices it may put these to sleep."""
+        self._spawn, self._lacks, self._turn = spawn, lacks, turn
         self.placement, self._road = placement, road
         self.seats = [Seat(number) for number in range(placement.engines)]
         self.version = self._calls = 0
@@ -245,24 +246,30 @@ class Engines:
 
     def _waits_for_room(self, seat: Seat) -> bool:
         """An engine of a lost node has no other yet, and is not needed while others serve."""
-        if seat.version is not None or not seat.losses or self._has_room(seat.number):
+        if seat.version is not None or not seat.losses or not (need := self._lacks(seat.number)):
             return False
         if not any(map(self._serves, self.seats)):
-            raise RunError(
-                f"no engine is left, and for {self.placement.start_timeout_s:g} s (placement.start_timeout_s) no node "
-                "of the cluster had room for another. The same command goes on from the last checkpoint"
+            raise EnginesLost(
+                f"no engine is left: for {self.placement.start_timeout_s:g} s (placement.start_timeout_s) no node of "
+                f"the cluster had room for {seat}, which takes {need}. Add a node that has, and the same command goes "
+                "on from the step that could not be sampled"
             )
         return True
 
     def _say_if_it_waits(self, seat: Seat) -> None:
         assert seat.taking
         replaces, serving = seat.version is None and seat.losses, sum(map(self._serves, self.seats))
-        if seat.said or not (replaces and serving and seat.taking[0].seconds > ROOM_S):
+        if (
+            seat.said
+            or not replaces
+            or seat.taking[0].seconds < ROOM_S
+            or not (need := self._lacks(seat.number))
+        ):
             return
-        if not self._has_room(seat.number):
-            seat.said = True
-            words = "%s waits for a node with room for it; the run goes on with %d of %d engines"
-            log.warning(words, seat, serving, len(self.seats))
+        seat.said = True
+        until = f"no other is left, so the run ends after {self.placement.start_timeout_s:g} s"
+        outlook = f"the run goes on with {serving} of {len(self.seats)} engines" if serving else until
+        log.warning("%s waits for a node with room for it (%s); %s", seat, need, outlook)
 
     def _serves(self, seat: Seat) -> bool:
         return seat.version is not None
@@ -333,7 +340,7 @@ class Engines:
         seat.worker, seat.version, seat.work, seat.taking = None, None, None, None
         seat.losses += 1
         if seat.losses > self.placement.restarts:
-            raise RunError(
+            raise EnginesLost(
                 f"{seat} was lost {seat.losses} times in a row (placement.restarts={self.placement.restarts}). "
                 f"The last time: {lost}"
             )
