@@ -187,35 +187,29 @@ def held_against_their_weights(folder: Path, run, records) -> int:
 
 @needs_ray
 def test_tokens_are_of_the_weights_that_their_version_says(tmp_path, monkeypatch):
+    """By files to one engine; then by broadcasts to two, of which one is killed and one hangs."""
     run_in(tmp_path, monkeypatch, steps=3)
-    run, rows, records = run_in(tmp_path, monkeypatch)  # goes on from there
-    assert held_against_their_weights(tmp_path, run, records) > 0
+    hang, hit, after = hanging(monkeypatch), [], Session.after
+
+    def strike(self, step, *rest):
+        after(self, step, *rest)
+        if step in (3, 5):
+            hit.append(pids(tmp_path / "run", "engine")[-1 if step == 3 else 1])
+            (end if step == 3 else hang)(hit[-1])
+
+    monkeypatch.setattr(Session, "after", strike)
+    run, rows, records = run_in(
+        tmp_path, monkeypatch, steps=7, placement=PLACEMENT | {"engines": 2}, engine={"transfer": "broadcast"}
+    )
+    by_files = held_against_their_weights(tmp_path, run, records[:3])
+    assert held_against_their_weights(tmp_path, run, records) > by_files > 0
     assert len(rows) == run.steps and max(row["rollout/lag_max"] for row in rows) == 1
     assert max(row["rollout/carried_share"] for row in rows) > 0
     for step, (row, answers) in enumerate(zip(rows, records)):
         lags = [step - version for answer in answers for version in answer["versions"]]
         assert row["rollout/token_lag_mean"] == pytest.approx(sum(lags) / len(lags))
-
-
-@needs_ray
-def test_broadcasts_and_lost_engines_change_nothing_of_that(tmp_path, monkeypatch):
-    """Answers in the making wait for a broadcast of all; one engine is killed, then one hangs."""
-    hang, hit = hanging(monkeypatch), []
-    after = Session.after
-
-    def strike(self, step, *rest):
-        after(self, step, *rest)
-        if step in (1, 3):
-            hit.append(pids(tmp_path / "run", "engine")[-1 if step == 1 else 0])
-            (end if step == 1 else hang)(hit[-1])
-
-    monkeypatch.setattr(Session, "after", strike)
-    road = {"transfer": "broadcast"}
-    run, rows, records = run_in(tmp_path, monkeypatch, placement=PLACEMENT | {"engines": 2}, engine=road)
-    assert held_against_their_weights(tmp_path, run, records) > 0
-    assert len(rows) == run.steps and len(set(hit)) == 2
-    assert len(set(pids(tmp_path / "run", "engine"))) > 2
-    assert not any(psutil.pid_exists(pid) for pid in hit)
+    assert len(set(hit)) == 2 and not any(psutil.pid_exists(pid) for pid in hit)
+    assert len(set(pids(tmp_path / "run", "engine"))) > 3
 
 
 @pytest.mark.parametrize("changes", [
