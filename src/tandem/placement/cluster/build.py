@@ -128,7 +128,7 @@ def build(
         if run.engine.transfer_dir is None:
             stack.callback(shutil.rmtree, root, ignore_errors=True)
             guard.remove(root)
-        line = Line()
+        line = Line(threads(run))
         stack.callback(line.close)
         placed = places.Placed(run, cluster, root, line)
         stack.callback(placed.engines.close)
@@ -156,6 +156,14 @@ def build(
         guard.watch()
         roles.open = stack.pop_all()
         return roles
+
+
+def threads(run: Run) -> int:
+    """Of the line. With weights in flight no answer is bound to the weights that others come from: every step that was
+    asked for is sampled, beside it an evaluation, and weights are waited for. Groups that are refused are made up for
+    before the next step's prompts are known."""
+    sampling = run.sampling
+    return sampling.max_lag + 3 if sampling.in_flight and run.algorithm.keep == "all" else 1
 
 
 def ray_port() -> Any:
