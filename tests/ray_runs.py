@@ -141,6 +141,7 @@ class JoinedNodes:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
             "RAY_TMPDIR": "/tmp",
+            "RAY_prestart_worker_first_driver": "0",
             # A node that is gone is missed after seconds instead of a quarter of a minute.
             "RAY_health_check_initial_delay_ms": "1000",
             "RAY_health_check_period_ms": "1000",

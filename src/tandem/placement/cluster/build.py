@@ -173,6 +173,8 @@ def ray_port() -> Any:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # One idle process per core, none of which a worker with an environment of its own can use.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     try:
         return importlib.import_module("tandem.placement.cluster.port")
     except ImportError as cause:

@@ -92,13 +92,19 @@ class Engines:
 
     def settle(self) -> None:
         """Wait until the engines have what was offered last."""
-        while True:
-            with self._turns:
-                self._tend()
-                if not any(map(self._awaited, self.seats)) and any(map(self._ready, self.seats)):
-                    return
-                calls = [seat.taking[0] for seat in self.seats if seat.taking]
-            self._wait(calls)
+        settled = False
+        try:
+            while not settled:
+                with self._turns:
+                    self._tend()
+                    settled = not any(map(self._awaited, self.seats)) and any(map(self._ready, self.seats))
+                    calls = [seat.taking[0] for seat in self.seats if seat.taking]
+                if not settled:
+                    self._wait(calls)
+        finally:
+            if not settled:
+                with self._turns:
+                    self._abandon(sys.exception())
 
     def generate(
         self,
