@@ -53,8 +53,8 @@ def adding_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model after a short warm-up on sums: it is right sometimes, so its rewards differ."""
     model = random_model()
     data = Data(train="tandem:addition")
-    prompts = load_prompts(data, data.train, model.tokenizer, limit=500)
-    warmup = Warmup(steps=350, batch=64, lr=4e-3, wrong_share=0.5)
+    prompts = load_prompts(data, data.train, model.tokenizer, limit=20)
+    warmup = Warmup(steps=120, batch=64, lr=4e-3, wrong_share=0.5)
     batches = demonstrations(
         tasks.find("addition"), prompts.prompts, model.tokenizer, batch=64, wrong_share=0.5, seed=0
     )

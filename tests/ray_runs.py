@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from small_recipe import environment
 from tandem.journal import read_metrics, repeatable
 
 RAY = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
+RECIPES = Path(__file__).parents[1] / "recipes" / "runs"
 PID = re.compile(r"tandem\.worker (\w+)-(\d+): .* pid (\d+)")
 SMALL = {
     "steps": 20,
@@ -28,6 +30,23 @@ SMALL = {
     "journal": {"samples": 0, "sinks": ["jsonl"]},
 }
 """Over the recipe of `small_recipe`: with a reference and evaluation."""
+
+
+def small(folder: Path, **more) -> list[str]:
+    """Overrides under which a recipe of the project is done in seconds, and still what it is."""
+    values = {
+        "run_dir": str(folder / "run"),
+        "steps": 3,
+        "sampling.prompts_per_step": 4,
+        "sampling.answers_per_prompt": 4,
+        "sampling.max_answer_tokens": 12,
+        "eval.every": "null",
+        "journal.sinks": "[jsonl]",
+        "journal.samples": 0,
+        "placement.cpus": 1,
+        "threads": 1,
+    }
+    return [f"{key}={value}" for key, value in (values | more).items()]
 
 
 def trajectory(folder: Path) -> list[dict[str, Any]]:
@@ -81,6 +100,36 @@ def end(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+def hanging(monkeypatch) -> Callable[[int], None]:
+    """What stops an engine's process as if it hung. Its time is up at once, that of the others is not: no clock
+    decides what a test sees."""
+    from tandem.placement.cluster.engines import Engines
+
+    hung, tend = set(), Engines._tend
+
+    def hurried(self):
+        for seat in self.seats:
+            if seat.worker is not None and process(seat.worker) in hung:
+                if seat.taking is not None:
+                    seat.taking[0].began -= self.placement.engine_timeout_s
+                if seat.work is not None:
+                    seat.work.changed -= self.placement.engine_timeout_s
+        tend(self)
+
+    def stop(pid: int) -> None:
+        os.kill(pid, signal.SIGSTOP)
+        hung.add(pid)
+
+    monkeypatch.setattr(Engines, "_tend", hurried)
+    return stop
+
+
+def process(worker: Any) -> int | None:
+    """That of a worker whose place is known."""
+    found = re.search(r"pid (\d+)$", worker.place)
+    return int(found[1]) if found else None
+
+
 class JoinedNodes:
     """Ray nodes on this machine, started with the commands of docs/cluster.md and the given sizes, the head first."""
 
@@ -92,6 +141,7 @@ class JoinedNodes:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
             "RAY_TMPDIR": "/tmp",
+            "RAY_prestart_worker_first_driver": "0",
             # A node that is gone is missed after seconds instead of a quarter of a minute.
             "RAY_health_check_initial_delay_ms": "1000",
             "RAY_health_check_period_ms": "1000",

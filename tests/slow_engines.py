@@ -25,10 +25,14 @@ def parcel(version: int) -> Parcel:
 
 
 class SlowEngine:
-    """What an engine worker does, at `token_s` seconds per token of all its answers."""
+    """What an engine worker does, at `token_s` seconds per token of all its answers. An answer has a token less than
+    the limit for each of `shorter` unless its key is among `long`."""
 
-    def __init__(self, token_s: float) -> None:
-        self.token_s, self.version, self.wanted = token_s, -1, 0
+    def __init__(self, token_s: float, shorter: int = 0) -> None:
+        self.token_s, self.shorter, self.version, self.wanted = token_s, shorter, -1, 0
+        self.long: set[int] = set()
+        self.begun: dict[int, float] = {}
+        """When an answer was first worked on, by its key."""
         self.dead = threading.Event()
 
     def build(self) -> str:
@@ -50,13 +54,16 @@ class SlowEngine:
     def generate(self, number, requests, params, version) -> list[Completion]:
         assert version == self.version
         answers = [list(r.begun.versions) for r in requests]
-        while any(len(a) < params.max_tokens for a in answers) and version >= self.wanted:
+        limits = [params.max_tokens - self.shorter * (r.key not in self.long) for r in requests]
+        for request in requests:
+            self.begun.setdefault(request.key, time.monotonic())
+        while any(len(a) < n for a, n in zip(answers, limits)) and version >= self.wanted:
             if self.dead.wait(self.token_s):
                 raise WorkerLost("it was killed")
-            for answer in answers:
-                if len(answer) < params.max_tokens:
+            for answer, limit in zip(answers, limits):
+                if len(answer) < limit:
                     answer.append(version)
-        return [completion(answer, params.max_tokens) for answer in answers]
+        return [completion(answer, limit) for answer, limit in zip(answers, limits)]
 
 
 def completion(versions: list[int], limit: int) -> Completion:

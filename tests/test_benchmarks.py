@@ -70,6 +70,7 @@ def run_script(main, folder: Path, monkeypatch, capsys, *arguments: str) -> tupl
 
 
 def test_sampling_is_raced_and_gated(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rollout.transformers_generate, "ON", {"cpu": ("log-probabilities",)})
     options = ["--cases", "equal", "--python", "vllm_engine=/bin/false"]
     last, record = run_script(rollout.main, tmp_path, monkeypatch, capsys, *options)
     rows = {(r["contender"], r["setting"]): r for r in record["cases"]["equal"]["rows"]}

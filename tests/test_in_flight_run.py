@@ -1,9 +1,9 @@
 """New weights reach answers in the making: what each token says of its version, the bound on it, and what it costs."""
 
 import json
-import os
-import signal
+import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from ray_runs import SMALL, pids
+from ray_runs import SMALL, end, hanging, pids
 from slow_engines import DIGITS, SlowEngine, ThreadWorker, first_done, parcel
 from small_recipe import recipe
 from tandem.config import load
@@ -24,14 +24,15 @@ from tandem.journal import read_metrics
 from tandem.model import load as load_model
 from tandem.model import tokenizer_of
 from tandem.placement.cluster.ahead import AheadStream, Line
-from tandem.placement.cluster.build import RemoteRoles
+from tandem.placement.cluster.build import RemoteRoles, threads
+from tandem.placement.cluster.lost import EnginesLost, WorkerLost
 from tandem.rollout import group_from, group_record
 from tandem.train.run import Launch, save_merged, train
 from tandem.train.session import Session
 from test_stream import make, model, scorer  # noqa: F401
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
-PLACEMENT = {"kind": "apart", "cpus": 1, "start_timeout_s": 120, "engine_timeout_s": 8, "backoff_s": 0.1}
+PLACEMENT = {"kind": "apart", "cpus": 1, "backoff_s": 0.1}
 SAMPLING_S, TRAINING_S, TOKENS, STEPS = 0.4, 0.25, 40, 8
 
 
@@ -44,15 +45,15 @@ def slow(monkeypatch):
     monkeypatch.setattr(engines.port, "first_done", first_done)
     closing = []
 
-    def built(count: int, token_s: float):
+    def built(count: int, token_s: float, shorter: int = 0):
         made = []
 
         def spawn(number: int) -> ThreadWorker:
-            made.append(SlowEngine(token_s))
+            made.append(SlowEngine(token_s, shorter))
             return ThreadWorker(made[-1], f"engine {number}")
 
         placement = Placement(kind="apart", engines=count, backoff_s=0.0, engine_timeout_s=1.0)
-        closing.append(engines.Engines(spawn, lambda number: True, placement, Reading(), lambda: None))
+        closing.append(engines.Engines(spawn, lambda number: "", placement, Reading(), lambda: None))
         return closing[-1], made
 
     yield built
@@ -97,6 +98,47 @@ def test_a_step_takes_as_long_as_the_slower_stage_and_answers_are_carried(make, 
     assert per_step <= 1.15 * SAMPLING_S, f"{per_step:.3f} s, the slower stage takes {SAMPLING_S} s"
 
 
+class OneLong:
+    """Of each call the first answer is long. Calls are kept in the order they were made, with the keys of their answers
+    and when they ended."""
+
+    def __init__(self, engines, slow) -> None:
+        self.engines, self.slow, self.calls = engines, slow, []
+
+    def generate(self, requests, *rest, **more):
+        call = [[r.key for r in requests], math.inf]
+        self.calls.append(call)
+        for each in self.slow:
+            each.long.add(requests[0].key)
+        done = self.engines.generate(requests, *rest, **more)
+        call[1] = time.monotonic()
+        return done
+
+
+@needs_ray
+def test_while_a_long_answer_is_sampled_the_next_steps_are_begun(make, slow):  # noqa: F811
+    """Each answer once, of the weights that its versions say, none older than allowed, and steps in their order."""
+    stream = make("?" * 12, **in_flight(TOKENS))
+    engines, made = slow(2, SAMPLING_S / TOKENS, shorter=TOKENS - 8)
+    stream.sampler.engine = longs = OneLong(engines, made)
+    line = Line(threads(stream.sampler.run))
+    beside = AheadStream(stream, line)
+    asked = make("?" * 12, **in_flight(TOKENS))
+    for version in range(STEPS):
+        engines.offer(parcel(version))
+        line.submit(engines.settle)
+        groups = beside.take(version)
+        assert [g.prompt for g in groups] == [asked.prompts.prompts[i] for i in asked.ask()[0]]
+        assert beside.last["rollout/lag_max"] <= 1
+        for group in groups:
+            lengths = [len(r.tokens) - r.prompt_length for r in group.rollouts if checked(r)]
+            assert lengths == [TOKENS if group is groups[0] and not i else 8 for i in range(6)]
+    line.close()
+    begun = [min(each.begun.get(k, math.inf) for each in made for k in keys) for keys, _ in longs.calls]
+    early = sum(then < end for (_, end), then in zip(longs.calls, begun[1:]) if end < math.inf)
+    assert early >= STEPS // 2, f"{early} of {STEPS} steps ended after the next one was begun"
+
+
 @needs_ray
 def test_groups_keep_their_versions_through_a_checkpoint(make, slow):  # noqa: F811
     stream = make("?" * 12, **in_flight(10))
@@ -113,6 +155,27 @@ def test_groups_keep_their_versions_through_a_checkpoint(make, slow):  # noqa: F
     assert {len(checked(r)) for g in groups for r in g.rollouts} == {2}
     records = json.loads(json.dumps([group_record(g) for g in groups]))
     assert [group_from(r, stream.prompts) for r in records] == groups
+
+
+@needs_ray
+def test_what_ends_one_call_ends_those_beside_it_with_the_same_cause(slow, monkeypatch):
+    engines, _ = slow(1, 0.01)
+    engines.offer(parcel(0))
+
+    def fail(self, *asked):
+        while len(engines._jobs) < 2:
+            time.sleep(0.001)
+        raise WorkerLost("it has no memory")
+
+    def ask(key):
+        quiet = {"poll": lambda answers, tokens: None, "on_done": lambda index, completion: None}
+        return engines.generate([Request(tokens=(1,), key=key)], SamplingParams(max_tokens=5), **quiet)
+
+    monkeypatch.setattr(SlowEngine, "generate", fail)
+    with ThreadPoolExecutor(2) as pool:
+        for call in [pool.submit(ask, key) for key in range(2)]:
+            with pytest.raises(EnginesLost, match=r"engine 0 was lost 4 times in a row .* it has no memory"):
+                call.result()
 
 
 @needs_ray
@@ -189,34 +252,29 @@ def held_against_their_weights(folder: Path, run, records) -> int:
 
 @needs_ray
 def test_tokens_are_of_the_weights_that_their_version_says(tmp_path, monkeypatch):
+    """By files to one engine; then by broadcasts to two, of which one is killed and one hangs."""
     run_in(tmp_path, monkeypatch, steps=3)
-    run, rows, records = run_in(tmp_path, monkeypatch)  # goes on from there
-    assert held_against_their_weights(tmp_path, run, records) > 0
+    hang, hit, after = hanging(monkeypatch), [], Session.after
+
+    def strike(self, step, *rest):
+        after(self, step, *rest)
+        if step in (3, 5):
+            hit.append(pids(tmp_path / "run", "engine")[-1 if step == 3 else 1])
+            (end if step == 3 else hang)(hit[-1])
+
+    monkeypatch.setattr(Session, "after", strike)
+    run, rows, records = run_in(
+        tmp_path, monkeypatch, steps=7, placement=PLACEMENT | {"engines": 2}, engine={"transfer": "broadcast"}
+    )
+    by_files = held_against_their_weights(tmp_path, run, records[:3])
+    assert held_against_their_weights(tmp_path, run, records) > by_files > 0
     assert len(rows) == run.steps and max(row["rollout/lag_max"] for row in rows) == 1
     assert max(row["rollout/carried_share"] for row in rows) > 0
     for step, (row, answers) in enumerate(zip(rows, records)):
         lags = [step - version for answer in answers for version in answer["versions"]]
         assert row["rollout/token_lag_mean"] == pytest.approx(sum(lags) / len(lags))
-
-
-@needs_ray
-def test_lost_engines_change_nothing_of_that(tmp_path, monkeypatch):
-    hit = []
-    after = Session.after
-
-    def strike(self, step, *rest):
-        after(self, step, *rest)
-        if step in (1, 3):
-            victim = pids(tmp_path / "run", "engine")[-1 if step == 1 else 0]
-            hit.append(victim)
-            os.kill(victim, signal.SIGKILL if step == 1 else signal.SIGSTOP)
-
-    monkeypatch.setattr(Session, "after", strike)
-    run, rows, records = run_in(tmp_path, monkeypatch, placement=PLACEMENT | {"engines": 2})
-    held_against_their_weights(tmp_path, run, records)
-    assert len(rows) == run.steps and len(set(hit)) == 2
-    assert len(set(pids(tmp_path / "run", "engine"))) > 2
-    assert not any(psutil.pid_exists(pid) for pid in hit)
+    assert len(set(hit)) == 2 and not any(psutil.pid_exists(pid) for pid in hit)
+    assert len(set(pids(tmp_path / "run", "engine"))) > 3
 
 
 @pytest.mark.parametrize("changes", [

@@ -30,11 +30,11 @@ def setup(make_run, folder, seed, **changes):
     )
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_reward_rises(seed, random_folder, make_run, quiet):
     assert gain(setup(make_run, random_folder, seed), quiet) > 0.3
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_with_rewards_dealt_out_at_random_nothing_is_learned(seed, random_folder, make_run, quiet):
     assert gain(setup(make_run, random_folder, seed, permute=True), quiet) < 0.1

@@ -1,19 +1,23 @@
 """A cluster of several nodes, all on this machine, which loses one of them in the middle of a run."""
 
+import json
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import pytest
 
-from ray_runs import SMALL, JoinedNodes, end, steps_done, trajectory, wait_until
+from ray_runs import RECIPES, SMALL, JoinedNodes, end, small, steps_done, trajectory, wait_until
 from small_recipe import recipe
 from tandem.checkpoint import newest
 from tandem.config import load
+from tandem.journal import read_metrics
 from tandem.train.run import Launch, train
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
@@ -25,9 +29,59 @@ CHANGES = SMALL | {
     "sampling": {"prompts_per_step": 4, "answers_per_prompt": 4, "max_answer_tokens": 64},
     "model": {"new": {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "max_positions": 128}},
 }
-PLACED = {"kind": "apart", "engines": 2, "spread": True, "backoff_s": 0.1, "engine_timeout_s": 60}
+PLACED = {"kind": "apart", "engines": 2, "spread": True, "backoff_s": 0.1}
 COMPARED = 12
 """Steps of which the first few are sampled by all engines."""
+SIZE = "--num-cpus=2"
+IMPATIENT = """
+from tandem.cli import main
+from tandem.placement.cluster.engines import Engines
+
+say = Engines._say_if_it_waits
+
+def hurried(self, seat):
+    say(self, seat)
+    if seat.said:
+        self.placement = self.placement.model_copy(update={"start_timeout_s": 1.0})
+
+Engines._say_if_it_waits = hurried
+main()
+"""
+"""The command line, whose time is up when it has said that it waits."""
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory) -> Iterator[JoinedNodes]:
+    """A head without cores and two nodes of two, by the commands of docs/cluster.md; who ends one starts another."""
+    with JoinedNodes(tmp_path_factory.mktemp("nodes"), "--num-cpus=0", SIZE, SIZE) as joined:
+        yield joined
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> list[dict]:
+    """The first steps in one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    path = recipe(folder, **CHANGES | {"steps": COMPARED})
+    train(load(path), Launch(recipe=str(path)))
+    return trajectory(folder / "run")[:COMPARED]
+
+
+@contextmanager
+def driver(nodes: JoinedNodes, said: Path, *command: object) -> Iterator[subprocess.Popen]:
+    """A process of Python in that cluster; what it prints goes to a file."""
+    with said.open("w") as output:
+        words = [sys.executable, *map(str, command)]
+        process = subprocess.Popen(words, env=nodes.environ, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def text(said: Path) -> str:
+    """Without line breaks."""
+    return " ".join(said.read_text().split())
 
 
 def places(folder: Path) -> dict[str, list[tuple[str, int]]]:
@@ -44,44 +98,85 @@ def kill_node(pid: int) -> None:
         end(process.pid)
 
 
-def test_engines_of_a_lost_node_are_made_up_for_and_go_on_where_there_is_room(tmp_path):
-    """The node that is left has room for one engine; the other one's place is on a node that joins."""
-    run, said = tmp_path / "run", tmp_path / "said"
-    size = "--num-cpus=2"
-    with JoinedNodes(tmp_path, "--num-cpus=0", size, size) as nodes, said.open("w") as output:
-        path = recipe(tmp_path, **CHANGES | {"steps": 5000}, placement=PLACED | {"address": nodes.address})
-        command = [sys.executable, "-m", "tandem", "train", str(path)]
-        driver = subprocess.Popen(command, env=nodes.environ, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            wait_until("some steps are done", lambda: steps_done(run) >= 3)
-            first = places(tmp_path)
-            ((stays, _),) = first.pop("learner-0")
-            lost = [name for name, ((node, _),) in first.items() if node != stays]
-            kill_node(first[lost[0]][0][1])
-            words = "waits for a node with room for it; the run goes on with 1 of 2 engines"
-            wait_until("the driver says so", lambda: words in " ".join(said.read_text().split()))
-            goes_on(run)
-            nodes.start(f"--address={nodes.address}", size)
-            wait_until("both have a place", lambda: all(len(places(tmp_path)[name]) == 2 for name in lost))
-            goes_on(run)
-            driver.send_signal(signal.SIGTERM)
-            driver.wait(timeout=60)
-        finally:
-            driver.kill()
-            driver.wait()
-    assert driver.returncode == 128 + signal.SIGTERM, said.read_text()
-    assert newest(run / "checkpoints", strict=True) is not None
-    assert len({lives[-1][0] for lives in places(tmp_path).values()}) == 2
-    (tmp_path / "whole").mkdir()
-    path = recipe(tmp_path / "whole", **CHANGES | {"steps": COMPARED})
-    train(load(path), Launch(recipe=str(path)))
-    whole = trajectory(tmp_path / "whole" / "run")
-    for ours, other in zip(trajectory(run)[:COMPARED], whole[:COMPARED], strict=True):
-        assert ours["reward/mean"] == other["reward/mean"] and ours["version"] == other["version"]
-        # Rows that are computed together with others are rounded otherwise.
-        assert ours["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
-
-
 def goes_on(run: Path) -> None:
     then = max(steps_done(run), COMPARED)
     wait_until("the run has gone on", lambda: steps_done(run) >= then + 3)
+
+
+def held_against(whole: list[dict], ours: list[dict]) -> None:
+    for row, other in zip(ours[:COMPARED], whole, strict=True):
+        assert row["step"] == other["step"] and row["version"] == other["version"]
+        assert row["reward/mean"] == other["reward/mean"]
+        # Rows that are computed together with others are rounded otherwise.
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+def test_a_cluster_joined_by_address_runs_its_recipe(nodes, tmp_path, random_folder):
+    questions = tmp_path / "train.jsonl"
+    rows = [{"question": f"{i} and {i}?", "answer": f"#### {2 * i}"} for i in range(20)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = small(tmp_path, **{
+        "model.path": random_folder,
+        "model.dtype": "fp32",
+        "data.train": questions,
+        "data.template": "plain",
+        "engine.kind": "embedded",
+        "placement.address": nodes.address,
+        "placement.learners": 1,
+        "placement.engines": 2,
+        "placement.spread": "true",
+        "algorithm.kl.coef": 0.0,
+    })  # fmt: skip
+    said = tmp_path / "said"
+    with driver(nodes, said, "-m", "tandem", "train", RECIPES / "cluster.yaml", *overrides) as process:
+        assert process.wait(timeout=120) == 0, said.read_text()
+    assert len({node for lives in places(tmp_path).values() for node, _ in lives}) == 2
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")][-1] in (2, 3)
+
+
+def test_engines_of_a_lost_node_are_made_up_for_and_go_on_where_there_is_room(nodes, whole, tmp_path):
+    """The node that is left has room for one engine; the other one's place is on a node that joins."""
+    run, said = tmp_path / "run", tmp_path / "said"
+    path = recipe(tmp_path, **CHANGES | {"steps": 5000}, placement=PLACED | {"address": nodes.address})
+    with driver(nodes, said, "-m", "tandem", "train", path) as process:
+        wait_until("some steps are done", lambda: steps_done(run) >= 3)
+        first = places(tmp_path)
+        ((stays, _),) = first.pop("learner-0")
+        lost = [name for name, ((node, _),) in first.items() if node != stays]
+        kill_node(first[lost[0]][0][1])
+        words = "waits for a node with room for it (1 CPU); the run goes on with 1 of 2 engines"
+        wait_until("the driver says so", lambda: words in text(said))
+        goes_on(run)
+        nodes.start(f"--address={nodes.address}", SIZE)
+        wait_until("both have a place", lambda: all(len(places(tmp_path)[name]) == 2 for name in lost))
+        goes_on(run)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM, said.read_text()
+    assert newest(run / "checkpoints", strict=True) is not None
+    assert len({lives[-1][0] for lives in places(tmp_path).values()}) == 2
+    held_against(whole, trajectory(run))
+
+
+def test_a_run_without_any_engine_saves_what_it_has_and_the_same_command_goes_on(nodes, whole, tmp_path):
+    """Its one engine takes a whole node, and is lost with it."""
+    run, said = tmp_path / "run", tmp_path / "said"
+    placed = PLACED | {"address": nodes.address, "engines": 1, "cpus": 2}
+    path = recipe(tmp_path, **CHANGES | {"steps": 5000}, placement=placed)
+    with driver(nodes, said, "-c", IMPATIENT, "train", path) as process:
+        wait_until("some steps are done", lambda: steps_done(run) >= 3)
+        kill_node(places(tmp_path)["engine-0"][0][1])
+        assert process.wait(timeout=120) == 1, said.read_text()
+    assert "with room for it (2 CPU); no other is left, so the run ends after 600 s" in text(said)
+    assert "no engine is left: for 1 s (placement.start_timeout_s) no node of the cluster had room" in text(
+        said
+    )
+    assert "engine 0, which takes 2 CPU. Add a node that has, and the same command goes on" in text(said)
+    done = steps_done(run)
+    assert newest(run / "checkpoints", strict=True).name == f"step_{done:08d}"
+    nodes.start(f"--address={nodes.address}", SIZE)
+    steps = max(done + 1, COMPARED)
+    with driver(nodes, said, "-m", "tandem", "train", path, f"steps={steps}") as process:
+        assert process.wait(timeout=120) == 0, said.read_text()
+    ours = trajectory(run)
+    assert [row["step"] for row in ours if "reward/mean" in row] == list(range(steps))
+    held_against(whole, ours)

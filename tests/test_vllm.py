@@ -45,16 +45,20 @@ def all_ended():
     STARTED.clear()
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
-def both(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
     """An engine and the policy it was started with, whose weights it holds again after each test."""
-    tied = request.param == "tied"
-    return engine_of(policy(0, tied=tied), tmp_path_factory.mktemp("policy")), policy(0, tied=tied)
+    return engine_of(policy(0), tmp_path_factory.mktemp("tied")), policy(0)
 
 
 @pytest.fixture(scope="module")
-def tied(tmp_path_factory):
-    return engine_of(policy(0), tmp_path_factory.mktemp("policy")), policy(0)
+def untied(tmp_path_factory):
+    return engine_of(policy(0, tied=False), tmp_path_factory.mktemp("untied")), policy(0, tied=False)
+
+
+@pytest.fixture(params=["tied", "untied"])
+def both(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture

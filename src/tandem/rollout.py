@@ -1,6 +1,7 @@
 """From a prompt to a scored group, and the stream of groups that training takes from."""
 
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -62,6 +63,8 @@ class Sampler:
         """Called in the thread that samples with each group of answers to train on as soon as these are complete, in
         whichever order that is and still without scores; `place` is that of its prompt in the call of `sample`."""
         self._seconds = dict.fromkeys(SECONDS, 0.0)
+        self._generated = 0.0
+        self._counting = threading.Lock()
 
     def sample(
         self,
@@ -106,14 +109,18 @@ class Sampler:
             )
             generated = time.monotonic()
             scores = scoring.finish()
-        self._seconds["timing/rollout"] += generated - began
-        self._seconds["timing/reward"] += scoring.busy_s
-        self._seconds["timing/non_overlap_reward"] += time.monotonic() - generated
+        with self._counting:
+            # Where several are sampled side by side, time is counted once.
+            self._seconds["timing/rollout"] += max(0.0, generated - max(began, self._generated))
+            self._generated = max(generated, self._generated)
+            self._seconds["timing/reward"] += scoring.busy_s
+            self._seconds["timing/non_overlap_reward"] += time.monotonic() - generated
         return [with_scores(groups[place], scores[place]) for place in range(len(prompts))]
 
     def take_seconds(self) -> dict[str, float]:
         """Time spent since the last call, by phase."""
-        taken, self._seconds = self._seconds, dict.fromkeys(SECONDS, 0.0)
+        with self._counting:
+            taken, self._seconds = self._seconds, dict.fromkeys(SECONDS, 0.0)
         return taken
 
     def _rollout(self, prompt: Prompt, done: Completion) -> Rollout:
@@ -155,6 +162,10 @@ def mixed(group: Group) -> bool:
 
 
 KEEP: dict[str, Callable[[Group], bool]] = {"all": lambda group: True, "mixed": mixed}
+
+
+Asked = tuple[Sequence[int], range]
+"""Places of prompts in the data, and the serial numbers of their groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,23 +227,28 @@ class Stream:
         self.newest = drawn.groups
         return self.newest
 
-    def draw(self) -> Drawn:
-        """One step's groups, sampled now; nothing but the place in the data moves."""
+    def ask(self, count: int | None = None) -> Asked:
+        """The next prompts, a step's unless a `count` is given; the place in the data moves."""
+        first = self.cursor.epoch * self.cursor.size + self.cursor.index
+        rows = self.cursor.take(self.sampler.run.sampling.prompts_per_step if count is None else count)
+        return rows, range(first, first + len(rows))
+
+    def draw(self, asked: Asked | None = None) -> Drawn:
+        """One step's groups, sampled now, of the prompts that were asked for before if any were; nothing but the place
+        in the data moves."""
         run = self.sampler.run
         keep, wanted = KEEP[run.algorithm.keep], run.sampling.prompts_per_step
         kept: list[Group] = []
         scores: list[Score] = []
         rounds = dropped = 0
         while len(kept) < wanted and rounds <= run.algorithm.max_refills:
-            first = self.cursor.epoch * self.cursor.size + self.cursor.index
-            rows = self.cursor.take(wanted - len(kept))
-            serials = range(first, first + len(rows))
+            rows, serials = asked if asked and not rounds else self.ask(wanted - len(kept))
             groups = self.sampler.sample(
                 [self.prompts.prompts[i] for i in rows], serials, answers=run.sampling.answers_per_prompt
             )
             scores += [r.score for g in groups for r in g.rollouts if r.score is not None]
             if run.reward.permute:
-                groups = permuted(groups, seed=key(run.seed, first))
+                groups = permuted(groups, seed=key(run.seed, serials.start))
             good = [g for g in groups if keep(g)]
             dropped += len(groups) - len(good)
             kept += good

@@ -270,7 +270,7 @@ class BroadcastRoad:
                 f"weights of version {offer.version} by road broadcast: the group is not connected (any more)"
             )
         options = dist.BroadcastOptions()
-        options.rootRank = 0
+        options.rootRank, options.timeout = 0, self.timeout
         try:
             self._group.broadcast([tensor], options).wait()
         except RuntimeError as cause:

@@ -28,7 +28,10 @@ def draw(metrics: Path, png: Path) -> Path:
     if not rewards and not sampled and not greedy:
         raise RunError(f"{metrics}: no reward and no accuracy to draw yet")
     panels = [panel for panel, points in (("reward", rewards), ("accuracy", sampled or greedy)) if points]
-    figure = Figure(figsize=(4.6 * len(panels), 3.0), dpi=160, layout="constrained")
+    width, height = 4.6 * len(panels), 3.0
+    figure = Figure(figsize=(width, height), dpi=160)
+    # Margins of known labels, in inches: to have them found takes as long as to draw.
+    figure.subplots_adjust(0.55 / width, 0.5 / height, 1 - 0.15 / width, 1 - 0.35 / height, wspace=0.2)
     FigureCanvasAgg(figure)
     axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True))
     if "reward" in axes:

@@ -26,6 +26,7 @@ from tandem.model import load as load_model
 from tandem.model.language_model import longest_row
 from tandem.placement import inline
 from tandem.placement.cluster.build import build
+from tandem.placement.cluster.lost import EnginesLost
 from tandem.rewards.scorer import Scorer
 from tandem.train import snapshot
 from tandem.train.interrupt import Interrupted, Interruption
@@ -52,7 +53,8 @@ class Launch:
 
 
 def train(run: Run, launch: Launch) -> Summary:
-    """The whole run; returns its summary. A signal saves a checkpoint and then raises `Interrupted`."""
+    """The whole run; returns its summary. A signal saves a checkpoint and then raises `Interrupted`, as does the loss
+    of engines that cannot be replaced with `EnginesLost`."""
     folder = Path(run.run_dir)
     with ExitStack() as stack:
         stack.enter_context(lock(folder))
@@ -69,6 +71,9 @@ def train(run: Run, launch: Launch) -> Summary:
             launch.console.print(
                 f"stopped by {signal}; go on with: tandem train {launch.recipe}", highlight=False
             )
+            raise
+        except EnginesLost:
+            session.save()
             raise
         return finish(run, launch, session, time.monotonic() - began)
 

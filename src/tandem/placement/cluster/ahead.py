@@ -2,7 +2,7 @@
 
 So the answers of step s + lag come from exactly the weights of step s, as in one process: a run with lag is the same
 run wherever it is placed, only that its stages overlap. With weights in flight they begin with those of step s or newer
-ones, and go on with what is published meanwhile.
+ones, and go on with what is published meanwhile; then steps are sampled side by side.
 """
 
 import time
@@ -21,10 +21,11 @@ T = TypeVar("T")
 
 
 class Line:
-    """One thread; what is asked of it first is done first. After an error it does nothing but repeat it."""
+    """What is asked of it first is begun first, and done first where it has one thread. After an error it does nothing
+    but repeat it."""
 
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampling")
+    def __init__(self, threads: int = 1) -> None:
+        self._thread = ThreadPoolExecutor(threads, thread_name_prefix="sampling")
         self._last: Future[Any] | None = None
 
     def submit(self, work: Callable[[], T]) -> "Future[T]":
@@ -32,7 +33,7 @@ class Line:
         return future
 
     def _run(self, before: "Future[Any] | None", work: Callable[[], T]) -> T:
-        if before is not None:
+        if before is not None and before.done():
             before.result()
         return work()
 
@@ -114,7 +115,7 @@ class AheadStream:
         """The groups of the next step; `version` counts the steps whose weights were published."""
         sampling = self._stream.sampler.run.sampling
         while len(self._ahead) <= sampling.max_lag:
-            self._latest = self._line.submit(self._draw)
+            self._latest = self._draw()
             self._ahead.append(self._latest)
         began = time.monotonic()
         ahead = self._ahead.popleft().result()
@@ -154,5 +155,10 @@ class AheadStream:
             future.set_result(Ahead(Drawn(groups, scores, {}), state["cursor"]))
             self._ahead.append(future)
 
-    def _draw(self) -> Ahead:
-        return Ahead(self._stream.draw(), self._stream.cursor.state())
+    def _draw(self) -> "Future[Ahead]":
+        stream = self._stream
+        if stream.sampler.run.algorithm.keep != "all":
+            return self._line.submit(lambda: Ahead(stream.draw(), stream.cursor.state()))
+        # Which prompts it takes does not depend on their answers, so the next draw may begin before this one is done.
+        asked, place = stream.ask(), stream.cursor.state()
+        return self._line.submit(lambda: Ahead(stream.draw(asked), place))

@@ -128,7 +128,7 @@ def build(
         if run.engine.transfer_dir is None:
             stack.callback(shutil.rmtree, root, ignore_errors=True)
             guard.remove(root)
-        line = Line()
+        line = Line(threads(run))
         stack.callback(line.close)
         placed = places.Placed(run, cluster, root, line)
         stack.callback(placed.engines.close)
@@ -158,6 +158,14 @@ def build(
         return roles
 
 
+def threads(run: Run) -> int:
+    """Of the line. With weights in flight no answer is bound to the weights that others come from: every step that was
+    asked for is sampled, beside it an evaluation, and weights are waited for. Groups that are refused are made up for
+    before the next step's prompts are known."""
+    sampling = run.sampling
+    return sampling.max_lag + 3 if sampling.in_flight and run.algorithm.keep == "all" else 1
+
+
 def ray_port() -> Any:
     """The module that names Ray, imported when a run is placed with it and not before."""
     # Ray reads it when it is first imported. Whoever reaches a port of Ray without the token must get nothing.
@@ -165,6 +173,8 @@ def ray_port() -> Any:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # One idle process per core, none of which a worker with an environment of its own can use.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     try:
         return importlib.import_module("tandem.placement.cluster.port")
     except ImportError as cause:

@@ -4,20 +4,22 @@ An engine that is started anew serves only after it has taken the weights of the
 """
 
 import logging
+import sys
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tandem.config.placement import Placement
-from tandem.engine import PAUSED, Completion, Request, SamplingParams
+from tandem.engine import Completion, Request, SamplingParams
 from tandem.engine.roads import RoadBroken
 from tandem.errors import RunError
 from tandem.placement.cluster import port
 from tandem.placement.cluster.broadcast import Broadcasting, Reading
 from tandem.placement.cluster.engine_worker import Progress
-from tandem.placement.cluster.lost import WorkerLost
+from tandem.placement.cluster.job import Job, Work, shares
+from tandem.placement.cluster.lost import EnginesLost, WorkerLost
 from tandem.placement.cluster.parcel import Parcel
 
 log = logging.getLogger("tandem.engines")
@@ -28,52 +30,6 @@ LOOK_S = 0.2
 """Longest wait before signals and restarts are looked after again."""
 NEWS_S = 0.25
 """Seconds between two questions to an engine for how far it is."""
-
-
-@dataclass(slots=True)
-class Job:
-    """What is asked for in one call, and what is there of it."""
-
-    requests: list[Request]
-    params: SamplingParams
-    on_done: Callable[[int, Completion], None]
-    waiting: deque[list[int]] = field(default_factory=deque)
-    """Shares that no engine has."""
-    done: dict[int, Completion] = field(default_factory=dict)
-    tokens: int = 0
-    """Of calls that ended."""
-
-    def take(self, index: int, completion: Completion) -> None:
-        """An answer, whole or paused, from the engine that had it last."""
-        if index in self.done:
-            return
-        if completion.finish == PAUSED:
-            self.requests[index] = replace(self.requests[index], begun=completion)
-        else:
-            self.done[index] = completion
-            self.on_done(index, completion)
-
-    def put_back(self, indices: Sequence[int]) -> None:
-        """What of these is not done goes to whichever engine is free next."""
-        left = [i for i in indices if i not in self.done]
-        if left:
-            self.waiting.append(left)
-
-
-@dataclass(slots=True)
-class Work:
-    """Requests that one engine has."""
-
-    number: int
-    indices: list[int]
-    call: port.Call
-    news: port.Call | None = None
-    asked: float = field(default_factory=time.monotonic)
-    heard: int = 0
-    """Answers that it told of while it works on others."""
-    tokens: int = 0
-    changed: float = field(default_factory=time.monotonic)
-    """When its progress was last another one."""
 
 
 @dataclass(slots=True)
@@ -97,24 +53,28 @@ class Seat:
 
 
 class Engines:
-    """Tokens in, tokens out, from the weights of `version`. One thread at a time uses it."""
+    """Tokens in, tokens out, from the weights of `version`."""
 
     def __init__(
         self,
         spawn: Callable[[int], port.Worker],
-        has_room: Callable[[int], bool],
+        lacks: Callable[[int], str],
         placement: Placement,
         road: Reading | Broadcasting,
         turn: Callable[[], None],
     ) -> None:
-        """`spawn` starts the engine of a number, which waits for room where its node was lost and no other has any;
-        `turn` is called before they sample: where learners share their devices it may put these to sleep."""
-        self._spawn, self._has_room, self._turn = spawn, has_room, turn
+        """`spawn` starts the engine of a number, which waits for room where its node was lost and no other has any:
+        `lacks` says what it needs of a node then, and nothing otherwise. `turn` is called before they sample: where
+        learners share their devices it may put these to sleep."""
+        self._spawn, self._lacks, self._turn = spawn, lacks, turn
         self.placement, self._road = placement, road
         self.seats = [Seat(number) for number in range(placement.engines)]
         self.version = self._calls = 0
         self._parcel: Parcel | None = None
         self._offered: Parcel | None = None
+        self._jobs: list[Job] = []
+        self._turns = threading.Lock()
+        """Of the threads that look after the engines."""
         self._closing = self._awake = False
 
     def update(self, parcel: Parcel) -> None:
@@ -132,10 +92,19 @@ class Engines:
 
     def settle(self) -> None:
         """Wait until the engines have what was offered last."""
-        self._tend()
-        while any(map(self._awaited, self.seats)) or not any(map(self._ready, self.seats)):
-            self._wait([seat.taking[0] for seat in self.seats if seat.taking])
-            self._tend()
+        settled = False
+        try:
+            while not settled:
+                with self._turns:
+                    self._tend()
+                    settled = not any(map(self._awaited, self.seats)) and any(map(self._ready, self.seats))
+                    calls = [seat.taking[0] for seat in self.seats if seat.taking]
+                if not settled:
+                    self._wait(calls)
+        finally:
+            if not settled:
+                with self._turns:
+                    self._abandon(sys.exception())
 
     def generate(
         self,
@@ -145,27 +114,40 @@ class Engines:
         poll: Callable[[int, int], None],
         on_done: Callable[[int, Completion], None],
     ) -> list[Completion]:
-        """One completion per request, in order; `on_done(index, completion)` sees each within a second."""
+        """One completion per request, in order; `on_done(index, completion)` sees each within a second. While one
+        thread waits for its answers others may ask too: what was asked for first is begun first."""
         self._turn()
         self._awake = True
         job = Job(list(requests), params, on_done)
         job.waiting.extend(shares(requests, max(1, sum(map(self._ready, self.seats)))))
+        self._jobs.append(job)
         try:
-            while len(job.done) < len(requests):
-                self._tend()
-                for seat in filter(self._idle, self.seats):
-                    if job.waiting:
-                        self._hand_out(seat, job)
-                working = [(seat, seat.work) for seat in self.seats if seat.work]
-                calls = [call for _, work in working for call in (work.call, work.news) if call]
-                self._wait([*calls, *(seat.taking[0] for seat in self.seats if seat.taking)])
-                for seat, work in working:
-                    self._look_after(seat, work, job)
+            while not job.complete:
+                self._advance()
+                if job.error is not None:
+                    raise job.error
                 busy = sum(work.tokens for seat in self.seats if (work := seat.work))
                 poll(len(job.done), job.tokens + busy)
         finally:
-            self._abandon()
+            with self._turns:
+                self._jobs.remove(job)
+                self._abandon(None if job.complete else sys.exception())
         return [job.done[i] for i in range(len(requests))]
+
+    def _advance(self) -> None:
+        """Hand out what waits, wait a moment, and look what has come, for all jobs."""
+        with self._turns:
+            self._tend()
+            for seat in filter(self._idle, self.seats):
+                self._hand_out(seat)
+            working = [work for seat in self.seats if (work := seat.work)]
+            calls = [call for work in working for call in (work.call, work.news) if call]
+            calls += [seat.taking[0] for seat in self.seats if seat.taking]
+        self._wait(calls)
+        with self._turns:
+            for seat in self.seats:
+                if seat.work is not None:
+                    self._look_after(seat, seat.work)
 
     def sleep(self) -> None:
         """Give the devices' memory away until the next version of the weights."""
@@ -245,64 +227,75 @@ class Engines:
 
     def _waits_for_room(self, seat: Seat) -> bool:
         """An engine of a lost node has no other yet, and is not needed while others serve."""
-        if seat.version is not None or not seat.losses or self._has_room(seat.number):
+        if seat.version is not None or not seat.losses or not (need := self._lacks(seat.number)):
             return False
         if not any(map(self._serves, self.seats)):
-            raise RunError(
-                f"no engine is left, and for {self.placement.start_timeout_s:g} s (placement.start_timeout_s) no node "
-                "of the cluster had room for another. The same command goes on from the last checkpoint"
+            raise EnginesLost(
+                f"no engine is left: for {self.placement.start_timeout_s:g} s (placement.start_timeout_s) no node of "
+                f"the cluster had room for {seat}, which takes {need}. Add a node that has, and the same command goes "
+                "on from the step that could not be sampled"
             )
         return True
 
     def _say_if_it_waits(self, seat: Seat) -> None:
         assert seat.taking
         replaces, serving = seat.version is None and seat.losses, sum(map(self._serves, self.seats))
-        if seat.said or not (replaces and serving and seat.taking[0].seconds > ROOM_S):
+        if (
+            seat.said
+            or not replaces
+            or seat.taking[0].seconds < ROOM_S
+            or not (need := self._lacks(seat.number))
+        ):
             return
-        if not self._has_room(seat.number):
-            seat.said = True
-            words = "%s waits for a node with room for it; the run goes on with %d of %d engines"
-            log.warning(words, seat, serving, len(self.seats))
+        seat.said = True
+        until = f"no other is left, so the run ends after {self.placement.start_timeout_s:g} s"
+        outlook = f"the run goes on with {serving} of {len(self.seats)} engines" if serving else until
+        log.warning("%s waits for a node with room for it (%s); %s", seat, need, outlook)
 
     def _serves(self, seat: Seat) -> bool:
         return seat.version is not None
 
-    def _hand_out(self, seat: Seat, job: Job) -> None:
+    def _hand_out(self, seat: Seat) -> None:
+        """One share of each job that waits, so that the slots which the last answers of one leave free are filled with
+        the next one's."""
         assert seat.worker
+        answers: list[tuple[Job, int]] = []
+        for job in self._jobs:
+            if job.waiting and (not answers or job.params == answers[0][0].params):
+                answers += [(job, index) for index in job.waiting.popleft()]
+        if not answers:
+            return
         self._calls += 1
-        indices = job.waiting.popleft()
-        mine = [replace(job.requests[i], version=self.version) for i in indices]
-        call = seat.worker.call("generate", self._calls, mine, job.params, self.version)
-        seat.work = Work(self._calls, indices, call)
+        mine = [replace(job.requests[i], version=self.version) for job, i in answers]
+        call = seat.worker.call("generate", self._calls, mine, answers[0][0].params, self.version)
+        seat.work = Work(self._calls, answers, call)
 
-    def _look_after(self, seat: Seat, work: Work, job: Job) -> None:
+    def _look_after(self, seat: Seat, work: Work) -> None:
         """Take the answers of an engine, or ask how far it is, or give up on it."""
         assert seat.worker
         silent = time.monotonic() - work.changed
         if work.call.done():
             seat.work = None
-            answers = self._result(seat, work.call)
-            if seat.worker is None:
-                job.put_back(work.indices)
-                return
-            seat.losses, seat.said = 0, False
-            for index, completion in zip(work.indices, answers):
-                job.tokens += len(completion.tokens) - len(job.requests[index].begun.tokens)
-                job.take(index, completion)
-            job.put_back(work.indices)
+            completions = self._result(seat, work.call)
+            if seat.worker is not None:
+                seat.losses, seat.said = 0, False
+                for (job, index), completion in zip(work.answers, completions):
+                    job.tokens += len(completion.tokens) - len(job.requests[index].begun.tokens)
+                    job.take(index, completion)
+            work.put_back()
         elif silent > self.placement.engine_timeout_s:
             seat.work = None
-            job.put_back(work.indices)
+            work.put_back()
             self._lose(seat, WorkerLost(
-                f"{seat.worker} had no news of {len(work.indices)} answers for {silent:.0f} s "
+                f"{seat.worker} had no news of {len(work.answers)} answers for {silent:.0f} s "
                 f"(placement.engine_timeout_s); its log: {seat.worker.log}"
             ))  # fmt: skip
         elif work.news is not None:
-            self._hear(work, job)
+            self._hear(work)
         elif time.monotonic() - work.asked > NEWS_S:
             work.news, work.asked = seat.worker.call("progress", work.number, work.heard), time.monotonic()
 
-    def _hear(self, work: Work, job: Job) -> None:
+    def _hear(self, work: Work) -> None:
         assert work.news
         if not work.news.done():
             return
@@ -315,7 +308,8 @@ class Engines:
             work.tokens, work.changed = progress.tokens, time.monotonic()
         work.heard += len(progress.answers)
         for place, completion in progress.answers:
-            job.take(work.indices[place], completion)
+            job, index = work.answers[place]
+            job.take(index, completion)
 
     def _result(self, seat: Seat, call: port.Call) -> Any:
         """The value of a call that is done or overdue; None, and a vacant seat, where the engine is lost."""
@@ -333,7 +327,7 @@ class Engines:
         seat.worker, seat.version, seat.work, seat.taking = None, None, None, None
         seat.losses += 1
         if seat.losses > self.placement.restarts:
-            raise RunError(
+            raise EnginesLost(
                 f"{seat} was lost {seat.losses} times in a row (placement.restarts={self.placement.restarts}). "
                 f"The last time: {lost}"
             )
@@ -349,21 +343,12 @@ class Engines:
         else:
             time.sleep(LOOK_S)
 
-    def _abandon(self) -> None:
-        """After an error or a signal: engines at work stop soon, and none of them is waited for."""
+    def _abandon(self, error: BaseException | None) -> None:
+        """Engines whose work nobody wants stop soon, and none of them is waited for. After an error or a signal nobody
+        wants any."""
+        for job in self._jobs if error else ():
+            job.error = job.error or error
         for seat in self.seats:
-            if seat.work and seat.worker:
+            if seat.work and seat.worker and (error or not seat.work.wanted):
                 seat.worker.call("abandon")
                 seat.work = None
-
-
-def shares(requests: Sequence[Request], count: int) -> Iterator[list[int]]:
-    """Indices of the requests in at most `count` shares of about equal size; those with one prompt, whose computation
-    is shared, stay neighbours."""
-    places: dict[tuple[int, ...], list[int]] = {}
-    for i, request in enumerate(requests):
-        places.setdefault(request.tokens, []).append(i)
-    order = [i for indices in places.values() for i in indices]
-    size = -(-len(order) // count)
-    for start in range(0, len(order), size):
-        yield order[start : start + size]

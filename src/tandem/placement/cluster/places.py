@@ -46,7 +46,7 @@ class Placed:
         if run.engine.transfer == "broadcast":
             road = Broadcasting(workers[0], run.engine.tensor_parallel, placement)
         turn = self.learners.sleep if run.learner.sleep else nothing
-        self.engines = Engines(self._spawn_engine, self._has_room, placement, road, turn)
+        self.engines = Engines(self._spawn_engine, self._lacks, placement, road, turn)
 
     @property
     def shared(self) -> bool:
@@ -102,8 +102,10 @@ class Placed:
             EngineWorker, f"engine {number}", self._bundle(number), self._engine, 2, self.run, adapter
         )
 
-    def _has_room(self, number: int) -> bool:
-        return self.cluster.has_room(self._bundle(number))
+    def _lacks(self, number: int) -> str:
+        if self.cluster.has_room(self._bundle(number)):
+            return ""
+        return " and ".join(f"{amount:g} {kind}" for kind, amount in self._engine.items() if amount)
 
     def _bundle(self, number: int) -> int:
         return number if self.shared else self.run.placement.learners + number
