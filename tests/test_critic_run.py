@@ -28,6 +28,7 @@ from tandem.train.snapshot import write_pupil
 
 RAY = {"cpus": 1, "start_timeout_s": 120, "engine_timeout_s": 60, "learner_timeout_s": 60}
 PPO = {
+    "model": {"new": {"hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "max_positions": 128}},
     "algorithm": {"preset": "ppo"},
     "critic": {"optimizer": {"lr": 1e-3}},
     "learner": {"optimizer": {"lr": 1e-3}, "updates_per_step": 2},
@@ -99,6 +100,7 @@ def test_a_checkpoint_without_a_critic_is_refused(tmp_path):
     [
         ({"tensor": 4}, r"critic\.layout\.tensor=4 does not divide"),
         ({"shard": 3}, r"critic\.layout: .*shard=3"),
+        ({"pipeline": 4}, r"critic\.layout\.pipeline=4: 4 stages of \[1, 1, 0, 0\] layers"),
     ],
     ids=str,
 )
@@ -121,7 +123,7 @@ def test_two_learners_go_on_from_their_checkpoint_and_do_what_one_does(inline, t
     """The critic lies in another layout than the policy."""
     spread = {
         "placement": {"kind": "apart", **RAY, "learners": 2},
-        "critic": PPO["critic"] | {"layout": {"replicate": 2}},
+        "critic": PPO["critic"] | {"layout": {"pipeline": 2}},
         "checkpoint": {"every": 3},
     }
 
