@@ -4,10 +4,12 @@ import json
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
+import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import expert_ranks
@@ -19,6 +21,7 @@ from tandem.config import Run
 from tandem.config.critic import Critic as CriticConfig
 from tandem.config.layout import Layout
 from tandem.config.sections import Model
+from tandem.errors import ConfigError
 from tandem.learner import Actor, Critic
 from tandem.model import load
 from tandem.model.new import new_tokenizer
@@ -104,6 +107,11 @@ def make(folder: Path) -> None:
         randomized(network, seed=4).save_pretrained(folder / family / "critic")
         for name in ("policy", "critic"):
             new_tokenizer().save_pretrained(folder / family / name)
+    copytree(folder / "small" / "critic", folder / "odd")
+    weights = load_file(folder / "odd" / "model.safetensors")
+    save_file(
+        {**weights, "score.bias": torch.zeros(1)}, folder / "odd" / "model.safetensors", {"format": "pt"}
+    )
 
 
 def settings(folder: Path, start: str, **critic: object) -> Run:
@@ -183,6 +191,8 @@ def everything(rank: int, world: int, address: str, place: str) -> None:
             later = weights_of(critic)
             if rank == 0:
                 save_file(later, folder / "later.safetensors")
+    if world == 2:
+        odd_head(folder)
     for name, sizes in RESUMED.items() if world == 2 else ():
         case = replace(CASES[4][SAVED], layout=sizes)
         part = learned(folder / case.family, case.start)
@@ -192,3 +202,12 @@ def everything(rank: int, world: int, address: str, place: str) -> None:
         later = weights_of(critic)
         if rank == 0:
             save_file(later, folder / f"later {name}.safetensors")
+
+
+def odd_head(folder: Path) -> None:
+    """A head with a bias is refused, as on one process."""
+    made = settings(folder / "small", "given")
+    critic = made.critic.model_copy(update={"path": str(folder / "odd")})
+    made = made.model_copy(update={"critic": critic})
+    with pytest.raises(ConfigError, match=r"critic\.path=.*odd has a head with a bias"):
+        build_critic(made, Layout(), policy(folder / "small", "{}"))

@@ -21,7 +21,6 @@ from tandem.train import footprint
 from tandem.train.critic_bytes import critic_shape, saved_bytes, with_critic
 from tandem.train.interrupt import Interrupted
 from tandem.train.layouts import check_layouts
-from tandem.train.plan.request import planned
 from tandem.train.run import Launch, train
 from tandem.train.session import Session
 from tandem.train.snapshot import write_pupil
@@ -187,9 +186,3 @@ def test_the_estimate_of_a_critics_memory_and_disk_is_what_it_takes(tmp_path, dt
     write_pupil(critic, tmp_path / "critic")
     written = sum(f.stat().st_size for f in (tmp_path / "critic").rglob("*.safetensors"))
     assert saved_bytes(made, ours) == pytest.approx(written, rel=0.1)
-
-
-def test_a_plan_without_the_critic_is_refused(tmp_path):
-    made = load(recipe(tmp_path, **PPO))
-    with pytest.raises(ConfigError, match="a critic's time and memory are not planned"):
-        planned(made, device="cpu", count=2, per_node=2, prompt=None, answer=None, top=1)

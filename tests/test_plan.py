@@ -42,34 +42,34 @@ def test_a_reference_lies_as_its_own_layout_says(tmp_path):
 
 
 def test_a_critic_lies_as_its_own_layout_says_and_reads_and_learns_each_step(tmp_path):
-    """On 64 learners in every layout, against the same run without one."""
+    """On 32 learners in every layout, against the same run without one."""
     keys = ["algorithm.preset=ppo", "algorithm.kl.coef=0", "critic.layout.tensor=8"]
     made = {}
     for name, more in {"alone": ["algorithm.preset=reinforce_pp", *keys[1:2]], "critic": keys}.items():
         offers = planned(large(tmp_path, "dense", *more), "b200", 64, top=10**6).offers
-        made[name] = {(str(o.axes), o.variant.away): o for o in offers if not o.samplers}
+        made[name] = {(str(o.axes), o.variant.away): o for o in offers if o.samplers == 32}
     both = [(made["critic"][key], made["alone"][key]) for key in made["critic"].keys() & made["alone"].keys()]
     both = [pair for pair in both if not pair[0].variant.away]
     assert both
     layers = 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
     parameters = layers + 161 * 8192 + 128256 * 8192 + 8192
-    # A share of 8 holds 2,048 answers to 128 prompts.
-    tokens = 128 * 512 + 2048 * 4096
-    pairs = 128 * 512**2 / 2 + 2048 * (512 * 4096 + 4096**2 / 2)
+    # A quarter is 4,096 answers, each in a forward of its own with its prompt.
+    tokens = 4096 * (512 + 4096)
+    pairs = 4096 * (512**2 / 2 + 512 * 4096 + 4096**2 / 2)
     reading = (2 * layers * tokens + 4 * 80 * 8192 * pairs) / 8 / (0.5 * 2250e12)
     for offer, alone in both:
         place = offer.places["critic"]
-        assert place.axes == Axes(shard=8, tensor=8)
+        assert place.axes == Axes(shard=4, tensor=8)
         held = offer.load.together.lasting
         for part, each in {"critic": 2, "critic's optimizer": 8, "critic's master weights": 4}.items():
-            assert held[part] == pytest.approx(each * parameters / 64, rel=1e-3)
+            assert held[part] == pytest.approx(each * parameters / 32, rel=1e-3)
         assert held | alone.load.together.lasting == held
         assert place.memory.update["logits"] < offer.places["actor"].memory.update["logits"] / 1e3
-        assert place.passes["values"].products == pytest.approx(reading, rel=0.05)
+        assert place.passes["values"].products == pytest.approx(reading, rel=1e-3)
         more = offer.seconds["values"] + offer.seconds["critic update"]
-        assert offer.step_s == pytest.approx(alone.step_s + more, rel=1e-6) and more > 0
+        assert offer.learning_s == pytest.approx(alone.learning_s + more) and more > 0
     said = text(planned(large(tmp_path, "dense", *keys), "b200", 64))
-    assert "the critic lies as critic.layout says: shard=8 tensor=8" in said
+    assert "the critic lies as critic.layout says: shard=" in said
     refused = planned(large(tmp_path, "dense", *keys, "critic.layout.shard=3"), "b200", 64).refused
     assert any(reason.startswith("critic.layout: ") for reason in refused)
 

@@ -239,7 +239,7 @@ def test_where_the_device_is_the_host_nothing_is_gained_by_offloading(tmp_path):
     assert peaks[1] > peaks[0]
 
 
-ASLEEP = ["placement.kind=colocated", "placement.learners=2", "algorithm.kl.coef=0.1"]
+ASLEEP = ["placement={kind: colocated, learners: 2, engines: 2}", "algorithm.kl.coef=0.1"]
 
 
 def test_a_learner_sleeps_where_engine_and_learner_do_not_fit_at_once(tmp_path):

@@ -6,9 +6,9 @@ import torch
 
 from tandem.model.load import check_vocabulary, describe, existing, load_tokenizer
 from tandem.model.parallel.grid import Grid
-from tandem.model.parallel.load import downloaded, kind_of, read_weights
+from tandem.model.parallel.load import downloaded, kind_of, read_weights, tensors_in
 from tandem.model.parallel.model import ShardedModel
-from tandem.model.value import HEAD, KEY, empty_value
+from tandem.model.value import HEAD, KEY, check_head, empty_value
 
 
 def value_sharded(
@@ -28,5 +28,7 @@ def value_sharded(
     if path is None:
         model.take_over(policy)
     else:
-        read_weights(model, Path(downloaded(source)), optional=frozenset({HEAD}))
+        folder = Path(downloaded(source))
+        check_head(source, tensors_in(folder))
+        read_weights(model, folder, optional=frozenset({HEAD}))
     return model

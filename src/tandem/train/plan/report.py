@@ -82,8 +82,9 @@ def roles(plan: Plan, offer: Offer) -> str:
     if offer.samplers:
         notes.append(slots(offer))
     else:
-        learning = "updates of models and sampling" if len(offer.places) > 1 else "update and sampling"
-        notes.append(f"{learning} take turns: at most {readable(int(offer.peak))} at once; {slots(offer)}")
+        notes.append(
+            f"updates and sampling take turns: at most {readable(int(offer.peak))} at once; {slots(offer)}"
+        )
     if offer.load.together.host:
         held = ", ".join(
             f"{name} {readable(size)}" for name, size in offer.load.together.host.items() if size
