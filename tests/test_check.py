@@ -19,6 +19,7 @@ from tandem.model import token_logprobs, tokenizer_of
 from tandem.model.new import new_tokenizer
 from tandem.train import footprint
 from tandem.train.check import LOOKS, check
+from tandem.train.folder_bytes import folder_bytes
 from tandem.train.plan.axes import Axes
 from tandem.train.run import train
 from tiny_models import language_model
@@ -320,7 +321,7 @@ def test_the_estimate_of_the_disk_is_what_the_run_folder_holds(tmp_path, quiet):
         algorithm={"kl": {"coef": 0.01}},
     )
     run = load(path, ["checkpoint.every=1", "checkpoint.keep=2", "eval.every=null"])
-    parts = footprint.disk(run, footprint.shape_of(run.model, tokenizer_of(run.model)), 24)
+    parts = folder_bytes(run, footprint.shape_of(run.model, tokenizer_of(run.model)), 24)
     train(run, quiet)
     folder = tmp_path / "run"
 

@@ -7,32 +7,45 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, Qwen2ForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
-from critic_ranks import LAYOUTS, STARTS, everything, prediction, settings, single, weights_of
+from critic_ranks import (
+    CASES,
+    RESUMED,
+    SAVED,
+    STARTS,
+    everything,
+    make,
+    prediction,
+    settings,
+    single,
+    updates,
+    weights_of,
+)
 from parallel_ranks import CPU, launch
-from tandem.config.critic import Critic as CriticConfig
+from tandem.checkpoint.sharded import read_sharded
 from tandem.config.sections import Lora
 from tandem.errors import ConfigError
 from tandem.model import LanguageModel, load, token_values
 from tandem.model.new import new_tokenizer
 from tandem.model.value import load_value
 from tandem.placement.inline import critic_of
-from tiny_models import FAMILIES, network, randomized
+from tandem.train.snapshot import read_pupil, write_pupil
 from tiny_step import batch
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy, and a reward model of another shape."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the models of all families."""
     made = tmp_path_factory.mktemp("critic")
-    network("qwen2_grouped").save_pretrained(made / "policy")
-    config = FAMILIES["qwen2_grouped"]().config
-    config.intermediate_size, config.num_labels = 64, 1
-    randomized(Qwen2ForSequenceClassification(config), seed=4).save_pretrained(made / "critic")
-    for name in ("policy", "critic"):
-        new_tokenizer().save_pretrained(made / name)
+    make(made)
     return made
+
+
+@pytest.fixture
+def place(folder) -> Path:
+    """A policy, and a reward model of another shape."""
+    return folder / "small"
 
 
 @torch.no_grad()
@@ -40,12 +53,13 @@ def values(model: LanguageModel, part, **how) -> torch.Tensor:
     return token_values(model, part.tokens_BT, part.mask_BT, part.length_B, **how)
 
 
-def test_a_value_is_the_classifiers_at_the_token_before(place):
+@pytest.mark.parametrize("family", ["small", "experts", "shared expert"])
+def test_a_value_is_the_classifiers_at_the_token_before(folder, family):
     """Against Transformers' own head and attention, row by row."""
-    model, part = single(place, "given").model, batch()
+    model, part = single(folder / family, "given").model, batch()
     value_BT = values(model, part)
     theirs = AutoModelForSequenceClassification.from_pretrained(
-        place / "critic", attn_implementation="eager"
+        folder / family / "critic", attn_implementation="eager"
     ).eval()
     for row, length in enumerate(part.length_B.tolist()):
         hidden_1TH = theirs.model(part.tokens_BT[row : row + 1, :length]).last_hidden_state
@@ -93,13 +107,16 @@ def test_an_update_does_not_depend_on_the_cut(place, start):
     assert other_figures == pytest.approx(figures, rel=1e-4, abs=1e-5)
 
 
-def test_without_a_head_of_its_own_a_critic_says_nothing_yet_and_has_the_policys_layers(place):
+@pytest.mark.parametrize("family", ["small", "experts"])
+def test_without_a_head_of_its_own_a_critic_says_nothing_yet_and_has_the_policys_layers(folder, family):
+    place = folder / family
     ours = single(place, "policy")
     assert not ours.values(batch()).any()
     policy = load(ours.run.model, new_tokenizer(), CPU)
     theirs = dict(policy.weights())
     found = weights_of(ours)
-    assert found.keys() - theirs.keys() == {"score.weight"} and theirs.keys() - found.keys() == set()
+    assert found.keys() - theirs.keys() == {"score.weight"}
+    assert theirs.keys() - found.keys() <= {"lm_head.weight"}
     assert all(torch.equal(weight, theirs[name]) for name, weight in found.items() if name in theirs)
     from_folder = load_value(str(place / "policy"), "fp32", new_tokenizer(), CPU)
     for name, weight in from_folder.weights():
@@ -182,43 +199,72 @@ def test_a_folder_that_cannot_be_a_critic_is_refused_by_name(place, tmp_path, ch
         load_value(str(folder), "fp32", new_tokenizer(), CPU)
 
 
-def test_a_pipeline_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"critic\.layout\.pipeline=2: .*use shard or tensor"):
-        CriticConfig.model_validate({"layout": {"pipeline": 2}})
-
-
 @pytest.fixture(scope="module")
-def spread(place) -> Path:
-    """The folder in which two processes have worked."""
-    launch(everything, 2, place)
-    return place
+def spread(folder) -> Path:
+    """The folder in which 4 and then 2 processes have worked."""
+    for world in CASES:
+        launch(everything, world, folder)
+    return folder
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("start", STARTS)
-def test_two_processes_do_what_one_does(spread, start, layout):
-    critic = single(spread, start)
+@pytest.mark.parametrize(("world", "name"), [(world, name) for world in CASES for name in CASES[world]])
+def test_many_processes_do_what_one_does(spread, world, name):
+    case = CASES[world][name]
+    critic = single(spread / case.family, case.start)
     value_BT, part = prediction(critic)
     begin = weights_of(critic)
-    figures = critic.update([part, part])
+    figures = critic.update(updates(part))
     weights = weights_of(critic)
-    assert max(float((weights[n] - begin[n]).abs().max()) for n in weights) > 2e-3
-    theirs = load_file(spread / f"{start} {layout}.safetensors")
+    moved = {n: float((weights[n] - begin[n]).abs().max()) for n in weights}
+    assert max(moved.values()) > 2e-3
+    assert "expert" not in name or max(size for n, size in moved.items() if ".experts." in n) > 1e-4
+    theirs = load_file(spread / f"{world} {name}.safetensors")
     torch.testing.assert_close(theirs.pop("value_BT"), value_BT, atol=1e-5, rtol=1e-5)
-    assert theirs.keys() == weights.keys()
-    for name, weight in weights.items():
-        torch.testing.assert_close(theirs[name], weight, atol=1e-5, rtol=1e-5, msg=name)
-    found = json.loads((spread / f"{start} {layout}.json").read_text())
+    same(theirs, weights)
+    found = json.loads((spread / f"{world} {name}.json").read_text())
     assert found == pytest.approx(figures, rel=1e-5, abs=1e-5)
     assert found["critic/value_clipfrac"] > 0
 
 
-def test_a_critic_on_many_processes_is_saved_as_one_of_transformers(spread):
-    folder = spread / "exported"
-    ours = dict(load_value(str(folder), "fp32", new_tokenizer(), CPU).weights())
-    theirs = load_file(spread / f"given {list(LAYOUTS)[-1]}.safetensors")
-    for name, weight in ours.items():
-        assert torch.equal(weight, theirs[name]), name
-    assert type(AutoModelForSequenceClassification.from_pretrained(folder)).__name__ == (
-        "Qwen2ForSequenceClassification"
-    )
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_a_checkpoint_of_stages_goes_on_in_other_layouts_and_on_one_process(spread):
+    later = load_file(spread / "later.safetensors")
+    for layout in RESUMED:
+        same(load_file(spread / f"later {layout}.safetensors"), later)
+    critic = single(spread / "deep", "given")
+    _, part = prediction(critic)
+    read_sharded(spread / "saved", critic.model, critic.optimizer)
+    critic.update([part])
+    same(weights_of(critic), later)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (SAVED, "Qwen2ForSequenceClassification"),
+        ("stages x experts", "Qwen3MoeForSequenceClassification"),
+    ],
+)
+def test_a_critic_on_many_processes_is_saved_as_one_of_transformers(spread, name, kind):
+    exported = spread / f"{name} exported"
+    theirs = load_file(spread / f"4 {name}.safetensors")
+    read = load_value(str(exported), "fp32", new_tokenizer(), CPU)
+    assert type(read.network).__name__ == kind
+    for key, weight in read.weights():
+        assert torch.equal(weight, theirs[key]), key
+
+
+def test_a_checkpoint_of_a_mixture_in_one_process_is_the_critic(folder, tmp_path):
+    critic, other = (single(folder / "experts", "given") for _ in range(2))
+    _, part = prediction(critic)
+    critic.update([part])
+    figures = write_pupil(critic, tmp_path)
+    read_pupil(other, tmp_path, figures)
+    ends = [(c.update([part]), weights_of(c)) for c in (critic, other)]
+    assert ends[0][0] == ends[1][0]
+    assert all(torch.equal(weight, ends[1][1][name]) for name, weight in ends[0][1].items())

@@ -21,13 +21,13 @@ from tandem.train import footprint
 from tandem.train.critic_bytes import critic_shape, saved_bytes, with_critic
 from tandem.train.interrupt import Interrupted
 from tandem.train.layouts import check_layouts
-from tandem.train.plan.request import planned
 from tandem.train.run import Launch, train
 from tandem.train.session import Session
 from tandem.train.snapshot import write_pupil
 
 RAY = {"cpus": 1, "start_timeout_s": 120, "engine_timeout_s": 60, "learner_timeout_s": 60}
 PPO = {
+    "model": {"new": {"hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "max_positions": 128}},
     "algorithm": {"preset": "ppo"},
     "critic": {"optimizer": {"lr": 1e-3}},
     "learner": {"optimizer": {"lr": 1e-3}, "updates_per_step": 2},
@@ -99,6 +99,7 @@ def test_a_checkpoint_without_a_critic_is_refused(tmp_path):
     [
         ({"tensor": 4}, r"critic\.layout\.tensor=4 does not divide"),
         ({"shard": 3}, r"critic\.layout: .*shard=3"),
+        ({"pipeline": 4}, r"critic\.layout\.pipeline=4: 4 stages of \[1, 1, 0, 0\] layers"),
     ],
     ids=str,
 )
@@ -121,7 +122,7 @@ def test_two_learners_go_on_from_their_checkpoint_and_do_what_one_does(inline, t
     """The critic lies in another layout than the policy."""
     spread = {
         "placement": {"kind": "apart", **RAY, "learners": 2},
-        "critic": PPO["critic"] | {"layout": {"replicate": 2}},
+        "critic": PPO["critic"] | {"layout": {"pipeline": 2}},
         "checkpoint": {"every": 3},
     }
 
@@ -185,9 +186,3 @@ def test_the_estimate_of_a_critics_memory_and_disk_is_what_it_takes(tmp_path, dt
     write_pupil(critic, tmp_path / "critic")
     written = sum(f.stat().st_size for f in (tmp_path / "critic").rglob("*.safetensors"))
     assert saved_bytes(made, ours) == pytest.approx(written, rel=0.1)
-
-
-def test_a_plan_without_the_critic_is_refused(tmp_path):
-    made = load(recipe(tmp_path, **PPO))
-    with pytest.raises(ConfigError, match="a critic's time and memory are not planned"):
-        planned(made, device="cpu", count=2, per_node=2, prompt=None, answer=None, top=1)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, save
+from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 
 from tandem.checkpoint.export import export
 from tandem.checkpoint.jsonfile import read_json, write_json
@@ -24,7 +24,15 @@ from tandem.engine.weights import named_tensors
 from tandem.model import LanguageModel
 from tandem.model.mixture import apart, as_saved
 from tandem.model.parallel.folder import ADAPTER, write_settings, write_weights
-from tandem.model.parallel.load import Target, adapter_targets, read, read_alone, read_saved, target
+from tandem.model.parallel.load import (
+    Target,
+    adapter_targets,
+    read,
+    read_alone,
+    read_saved,
+    target,
+    tensors_in,
+)
 from tandem.model.parallel.mesh import local
 from tandem.model.parallel.model import ShardedModel
 from tandem.model.parallel.shard import on_grid
@@ -161,7 +169,7 @@ def _write(folder: Path, model: ShardedModel, targets: dict[str, Target]) -> Non
 
 def _whole(folder: Path, batch_bytes: int = 2**30) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a folder of pieces, so many bytes of them in memory at a time."""
-    saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    saved = tensors_in(folder)
     batch: dict[str, Tensor] = {}
     for name in sorted(saved):
         batch[name] = torch.empty(saved[name].size, dtype=saved[name].properties.dtype)

@@ -1,6 +1,6 @@
 """The section of the critic: where it starts, how it learns, how it lies on its processes."""
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from tandem.config.layout import Layout
 from tandem.config.section import Section
@@ -24,12 +24,3 @@ class Critic(Section):
     the policy's."""
     optimizer: CriticOptimizer = CriticOptimizer()
     layout: Layout = Layout()
-
-    @model_validator(mode="after")
-    def _no_pipeline(self) -> "Critic":
-        if self.layout.pipeline > 1:
-            raise ValueError(
-                f"critic.layout.pipeline={self.layout.pipeline}: a critic does not lie in a pipeline; use shard or "
-                "tensor, which need not be those of the policy"
-            )
-        return self

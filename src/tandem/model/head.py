@@ -13,6 +13,19 @@ def head_of(network: PreTrainedModel) -> nn.Module:
     return network.score if gives_values(network) else network.get_output_embeddings()
 
 
+def replace_head(network: PreTrainedModel, head: nn.Module) -> None:
+    """Put another module behind the decoder."""
+    if gives_values(network):
+        network.score = head
+    else:
+        network.set_output_embeddings(head)
+
+
+def is_tied(network: PreTrainedModel) -> bool:
+    """Is the head one weight with the embedding, or will be, where the model has no storage yet?"""
+    return network.config.tie_word_embeddings and not gives_values(network)
+
+
 def gives_values(network: PreTrainedModel) -> bool:
     """Is it a sequence classifier with one output: a critic or a reward model?"""
     return hasattr(network, VALUE)

@@ -1,6 +1,7 @@
 """Load a model that predicts one value: a critic, on one process or on many."""
 
 import copy
+from collections.abc import Collection
 
 import torch
 from accelerate import init_empty_weights
@@ -56,6 +57,18 @@ def empty_value(config: PreTrainedConfig, dtype: torch.dtype, trust: bool = Fals
         raise ConfigError(f"{KEY}: no critic can be made of this model: {first_line(cause)}") from cause
 
 
+def check_head(source: str, names: Collection[str]) -> None:
+    """ConfigError where a folder has weights of these names and would not be read whole."""
+    if f"{VALUE}.bias" in names:
+        raise unfit(source, "has a head with a bias")
+
+
+def unfit(source: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"{KEY}={source} {what}; give a sequence classifier with one output, or a language model"
+    )
+
+
 def read_network(source: str, dtype: torch.dtype, trust: bool) -> PreTrainedModel:
     """Weights from safetensors only; every tensor but the head must be there."""
     said = logging.get_verbosity()
@@ -77,13 +90,9 @@ def read_network(source: str, dtype: torch.dtype, trust: bool) -> PreTrainedMode
     finally:
         logging.set_verbosity(said)
     missing = sorted(set(report["missing_keys"]) - {HEAD})
-    if missing or f"{VALUE}.bias" in report["unexpected_keys"]:
-        what = (
-            f"lacks {len(missing)} weights: {', '.join(missing[:5])}" if missing else "has a head with a bias"
-        )
-        raise ConfigError(
-            f"{KEY}={source} {what}; give a sequence classifier with one output, or a language model"
-        )
+    if missing:
+        raise unfit(source, f"lacks {len(missing)} weights: {', '.join(missing[:5])}")
+    check_head(source, report["unexpected_keys"])
     if HEAD in report["missing_keys"]:
         torch.nn.init.zeros_(network.score.weight)
     return network

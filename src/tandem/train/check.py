@@ -28,6 +28,7 @@ from tandem.rewards.scorer import Scorer
 from tandem.train import footprint, trial
 from tandem.train.critic_bytes import critic_shape, saved_bytes, with_critic
 from tandem.train.finding import Finding, Line
+from tandem.train.folder_bytes import folder_bytes
 from tandem.train.footprint import Memory, Shape, readable
 from tandem.train.layouts import check_layouts, critic_axes, holds_reference, layouts_of
 
@@ -253,7 +254,7 @@ def look_at_disk(bench: Bench) -> list[Line]:
     run, critic = bench.run, 0
     if run.needs_critic:
         critic = saved_bytes(run, critic_shape(run, shape(bench), tokenizer(bench)))
-    parts = footprint.disk(run, shape(bench), bench.longest_prompt(), critic)
+    parts = folder_bytes(run, shape(bench), bench.longest_prompt(), critic)
     total = sum(parts.values())
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     free = free_on_disk(folder.absolute()) + there

@@ -29,25 +29,10 @@ def critic_shape(run: Run, policy: Shape, tokenizer: PreTrainedTokenizerFast | N
 
 
 def with_critic(need: Memory, run: Run, critic: Shape, longest_prompt: int, axes: Axes = ALONE) -> Memory:
-    """What the fullest process takes when a critic learns on it too. Policy and critic learn one after the other, so
-    of their updates the larger counts."""
-    word, config = DTYPES[run.model.dtype].itemsize, run.critic
-    weights, trained = footprint.held(critic, axes)
-    states = {"critic's optimizer": trained * 2 * FLOAT}
-    if word != FLOAT or config.optimizer.offload:
-        states["critic's master weights"] = trained * FLOAT
-    lasting, host = need.lasting | {"critic": weights * word}, dict(need.host)
-    if config.optimizer.offload:
-        host |= states | {"gradients of the critic's masters": trained * FLOAT}
-    else:
-        lasting |= states
-    updating = footprint.update(run, critic, longest_prompt, word, axes)
-    if config.layout.offload_parameters:
-        host["critic"] = lasting.pop("critic")
-    if config.layout.offload_parameters or config.layout.offload_gradients:
-        host["critic's gradients"] = updating.pop("gradients")
-    larger = max(need.update, updating, key=lambda parts: sum(parts.values()))
-    return replace(need, lasting=lasting, host=host, update=larger)
+    """What the fullest process takes when a critic learns on it too."""
+    config = run.critic
+    own = footprint.learning(run, critic, config.layout, config.optimizer, longest_prompt, axes)
+    return need.beside("critic", own)
 
 
 def saved_bytes(run: Run, critic: Shape) -> int:

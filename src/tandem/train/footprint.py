@@ -2,7 +2,7 @@
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from tandem.config.layout import Layout
 from tandem.config.run import Run
-from tandem.config.sections import Model
+from tandem.config.sections import Model, Optimizer
 from tandem.model import describe
 from tandem.model.attention import NAME
 from tandem.model.load import DTYPES, with_adapter
 from tandem.model.new import new_network, new_tokenizer
 from tandem.train.plan.axes import ALONE, Axes
-from tandem.train.snapshot import keeps_reference
 
 FLOAT = 4
 LOGIT_COPIES = 5
@@ -172,10 +172,10 @@ class Memory:
     """Bytes by purpose. `lasting` is there all the time; of the two phases only one is."""
 
     lasting: dict[str, int]
-    sampling: dict[str, int]
-    update: dict[str, int]
-    host: dict[str, int]
-    """What learner.optimizer.offload and learner.layout put in the memory of the host."""
+    sampling: dict[str, int] = field(default_factory=dict)
+    update: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+    """What offloading of the optimizer and the layout put in the memory of the host."""
 
     @property
     def peak(self) -> int:
@@ -191,6 +191,16 @@ class Memory:
     def engine(self) -> int:
         """The same of an engine alone."""
         return sum(self.sampling.values())
+
+    def beside(self, name: str, other: "Memory") -> "Memory":
+        """With another model on the same processes. Models learn one after the other, so of their updates the larger
+        counts."""
+        larger = max(self.update, other.update, key=lambda parts: sum(parts.values()))
+        lasting, host = (
+            ours | {name if part == "weights" else f"{name}'s {part}": size for part, size in theirs.items()}
+            for ours, theirs in ((self.lasting, other.lasting), (self.host, other.host))
+        )
+        return replace(self, lasting=lasting, update=larger, host=host)
 
     def sentence(self) -> str:
         larger = max(self.sampling, self.update, key=lambda phase: sum(phase.values()))
@@ -208,29 +218,41 @@ def memory(
 ) -> Memory:
     """What the fullest process of a layout takes at its peak; `reference` is given where the run holds a reference
     model of its own, which has a layout of its own."""
-    word, layout = DTYPES[run.model.dtype].itemsize, run.learner.layout
-    offload = run.learner.optimizer.offload
+    learner = run.learner
+    need = learning(run, shape, learner.layout, learner.optimizer, longest_prompt, axes)
+    if reference is not None:
+        need = need.beside("reference", frozen(run, reference, run.reference.layout, reference_axes))
+    return replace(need, sampling=sampling(run, shape, longest_prompt, DTYPES[run.model.dtype].itemsize))
+
+
+def learning(
+    run: Run, shape: Shape, layout: Layout, optimizer: Optimizer, longest_prompt: int, axes: Axes
+) -> Memory:
+    """What a model that learns takes on the fullest process of a layout."""
+    word = DTYPES[run.model.dtype].itemsize
     weights, trained = held(shape, axes)
     states = {"optimizer": 2 * trained * FLOAT}
-    if word != FLOAT or offload:
+    if word != FLOAT or optimizer.offload:
         states["master weights"] = trained * FLOAT
     lasting: dict[str, int] = {"weights": weights * word}
     host: dict[str, int] = {}
-    if reference is not None:
-        place = host if run.reference.layout.offload_parameters else lasting
-        place["reference"] = held(reference, reference_axes)[0] * word
-    if offload:
+    if optimizer.offload:
         host |= states | {"gradients of the masters": trained * FLOAT}
     else:
         lasting |= states
-    updating = update(run, shape, longest_prompt, word, axes)
+    updating = update(run, shape, longest_prompt, word, axes, layout.pipeline_schedule)
     if layout.offload_parameters:
         host["weights"] = lasting.pop("weights")
     if layout.offload_parameters or layout.offload_gradients:
         host["gradients"] = updating.pop("gradients")
-    return Memory(
-        lasting=lasting, sampling=sampling(run, shape, longest_prompt, word), update=updating, host=host
-    )
+    return Memory(lasting=lasting, update=updating, host=host)
+
+
+def frozen(run: Run, shape: Shape, layout: Layout, axes: Axes) -> Memory:
+    """What a model that is only read takes on the fullest process of a layout."""
+    weights = {"weights": held(shape, axes)[0] * DTYPES[run.model.dtype].itemsize}
+    away = layout.offload_parameters
+    return Memory(lasting={} if away else weights, host=weights if away else {})
 
 
 def held(shape: Shape, axes: Axes) -> tuple[int, int]:
@@ -295,7 +317,9 @@ def drawing(run: Run, shape: Shape) -> int:
     return shape.vocabulary * FLOAT * (TRUNCATED_COPIES if truncates else SAMPLED_COPIES)
 
 
-def update(run: Run, shape: Shape, longest_prompt: int, word: int, axes: Axes = ALONE) -> dict[str, int]:
+def update(
+    run: Run, shape: Shape, longest_prompt: int, word: int, axes: Axes, schedule: str
+) -> dict[str, int]:
     """Forward and backward of one micro-batch, or of those on their way through a pipeline, with all gradients."""
     longest = longest_prompt + run.sampling.max_answer_tokens
     tokens = min(max(run.learner.tokens_per_forward, longest), run.rollouts_per_step * longest)
@@ -303,7 +327,7 @@ def update(run: Run, shape: Shape, longest_prompt: int, word: int, axes: Axes = 
     logits = answers * shape.vocabulary * FLOAT // (axes.tensor * axes.context)
     layer = shape.kept(axes)
     parts = math.ceil(run.rollouts_per_step * longest / run.learner.updates_per_step / axes.data / tokens)
-    layers = kept_layers(run.learner.layout.pipeline_schedule, shape, axes, parts)
+    layers = kept_layers(schedule, shape, axes, parts)
     kept = layers * layer
     if run.learner.checkpointing:
         kept = layers * shape.hidden / (axes.tensor * axes.context) + layer
@@ -324,35 +348,6 @@ def kept_layers(schedule: str, shape: Shape, axes: Axes, parts: int) -> float:
     if schedule == "1f1b":
         passes = min(passes, ranks if chunks == 1 else 2 * (ranks - 1) + (chunks - 1) * ranks + 1)
     return passes * axes.layers(shape.layers) / chunks if ranks > 1 else shape.layers
-
-
-def disk(run: Run, shape: Shape, longest_prompt: int, critic_bytes: int = 0) -> dict[str, int]:
-    """What the run folder will hold at its fullest: while a checkpoint is written the old ones are still there. Each
-    has `critic_bytes` of a critic."""
-    word = DTYPES[run.model.dtype].itemsize
-    saved = shape.parameters if run.model.lora is None else shape.trainable
-    one = saved * word + 2 * shape.trainable * FLOAT + critic_bytes
-    if word != FLOAT or run.learner.optimizer.offload:
-        one += shape.trainable * FLOAT
-    if keeps_reference(run):
-        one += shape.parameters * word
-    every = run.checkpoint.every
-    saves = 1 if every is None else max(1, -(-run.steps // every))
-    copies = min(run.checkpoint.keep + 1, saves)
-    return {
-        f"{copies} checkpoint{'s' * (copies > 1)}": copies * one,
-        "exported model": shape.parameters * word,
-        "rollout records": records(run, longest_prompt),
-    }
-
-
-def records(run: Run, longest_prompt: int) -> int:
-    """At most so many bytes of rollout records: token ids, marks and log-probabilities are written as text."""
-    if run.journal.rollouts == "none":
-        return 0
-    answer = run.sampling.max_answer_tokens
-    one = 1000 + 16 * (longest_prompt + answer) + 46 * answer
-    return run.rollouts_per_step * one * -(-run.steps // run.journal.rollouts_every)
 
 
 def host_bytes() -> int:

@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tandem.config.sections import Lora, Model
@@ -127,9 +128,14 @@ def read_weights(model: ShardedModel, folder: Path, optional: frozenset[str] = f
                 continue
         targets[key] = Target(name, weight, local(weight))
     if optional:
-        there = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        there = tensors_in(folder)
         targets = {key: target for key, target in targets.items() if key in there or key not in optional}
     read(model, targets, folder)
+
+
+def tensors_in(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """Of a folder's safetensors, by name; only headers are read."""
+    return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
 
 
 def read_saved(model: ShardedModel, folder: Path) -> None:
@@ -166,7 +172,7 @@ def adapter_targets(model: LanguageModel) -> dict[str, Target]:
 def read(model: LanguageModel, targets: Mapping[str, Target], folder: Path) -> None:
     """Read this process's slices of the tensors of a folder, by the name they have there, whatever layout wrote
     them; ConfigError where one is missing or has another shape."""
-    saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    saved = tensors_in(folder)
     missing = sorted(set(targets) - set(saved))
     if missing:
         raise ConfigError(

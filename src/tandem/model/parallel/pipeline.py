@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tandem.model.attention import Layout, lay
 from tandem.model.flex import Documents
+from tandem.model.head import is_tied, replace_head
 from tandem.model.parallel.context import Cut, spread
 from tandem.model.parallel.grid import Axis
 from tandem.model.parallel.model import ShardedModel
@@ -38,9 +39,7 @@ class PipelinedModel(ShardedModel):
         self._arrived_nH: Tensor | None = None
         """What the stage before has sent, while the last one computes."""
         self._first, self._last = axis.rank == 0, axis.rank == axis.size - 1
-        # Without storage the two are not one, so the config says whether they will be.
-        tied = self.network.config.tie_word_embeddings
-        named = self.module.named_parameters() if tied else ()
+        named = self.module.named_parameters() if is_tied(self.network) else ()
         self._tied = {name for name, weight in named if weight is decoder.embed_tokens.weight}
         for stage in range(self.schedule.stages):
             if stage % axis.size != axis.rank:
@@ -50,7 +49,7 @@ class PipelinedModel(ShardedModel):
             decoder.embed_tokens = Elsewhere()
         if not self._last:
             decoder.norm = Elsewhere()
-            self.network.set_output_embeddings(Elsewhere())
+            replace_head(self.network, Elsewhere())
 
     def _tie(self) -> None:
         if self._last and self._tied:

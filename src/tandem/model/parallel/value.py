@@ -6,9 +6,9 @@ import torch
 
 from tandem.model.load import check_vocabulary, describe, existing, load_tokenizer
 from tandem.model.parallel.grid import Grid
-from tandem.model.parallel.load import downloaded, read_weights
+from tandem.model.parallel.load import downloaded, kind_of, read_weights, tensors_in
 from tandem.model.parallel.model import ShardedModel
-from tandem.model.value import HEAD, KEY, empty_value
+from tandem.model.value import HEAD, KEY, check_head, empty_value
 
 
 def value_sharded(
@@ -21,11 +21,14 @@ def value_sharded(
     if path is not None:
         check_vocabulary(policy.tokenizer, load_tokenizer(source, trust_remote_code, KEY), KEY, path)
     network = empty_value(config, policy.network.dtype, trust_remote_code)
-    model = ShardedModel(network, policy.tokenizer, source, grid, "critic.layout")
-    with torch.no_grad():
-        network.score.weight.zero_()
+    model = kind_of(grid)(network, policy.tokenizer, source, grid, "critic.layout")
+    # Of a pipeline only the last stage has it.
+    for weight in network.score.parameters():
+        torch.nn.init.zeros_(weight)
     if path is None:
         model.take_over(policy)
     else:
-        read_weights(model, Path(downloaded(source)), optional=frozenset({HEAD}))
+        folder = Path(downloaded(source))
+        check_head(source, tensors_in(folder))
+        read_weights(model, folder, optional=frozenset({HEAD}))
     return model

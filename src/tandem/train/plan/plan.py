@@ -5,20 +5,20 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from transformers import PreTrainedConfig
-
+from tandem.config.layout import Layout
 from tandem.config.run import Run
-from tandem.config.sections import Learner
+from tandem.config.sections import Optimizer
 from tandem.errors import ConfigError
-from tandem.model.parallel.fit import check_fit
 from tandem.train import footprint
 from tandem.train.footprint import Memory, Shape
 from tandem.train.layouts import check_layouts, holds_reference
-from tandem.train.plan.axes import ALONE, Axes, Rules, layouts
+from tandem.train.plan.axes import Axes, Rules, layouts
 from tandem.train.plan.device import Rates
 from tandem.train.plan.engine import Engine, engines
 from tandem.train.plan.link import links
+from tandem.train.plan.role import roles_of
 from tandem.train.plan.training import Pass, Trainer
+from tandem.train.plan.variant import Variant, variants
 from tandem.train.plan.work import Lengths
 
 SHARES = (1, 2, 3, 4, 5, 6, 7)
@@ -28,31 +28,64 @@ NEAREST = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Of one model on the learners."""
+
+    axes: Axes
+    memory: Memory
+    passes: dict[str, Pass]
+    """Of a step, by phase."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What models take on the fullest learner; the engine's part is not in it."""
+
+    own: Memory
+    """Of the policy."""
+    together: Memory
+    asleep: int
+    """Bytes that wait in host memory while engines sample."""
+    stays: int
+    """Bytes that are there while the engine on the same device samples."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
     """A layout that fits."""
 
     axes: Axes
-    reference: Axes
-    """Of the reference, where the run holds one."""
-    offloaded: str
-    """What waits in host memory."""
+    """The policy's."""
+    variant: Variant
     samplers: int
     """Devices of engines that are apart from the learner; 0 where both share all devices."""
-    memory: Memory
-    """Of the learner's processes; the engine's part is in `engine`."""
+    places: dict[str, Place]
+    """By role, the policy's as `actor`."""
+    load: Load
     engine: Engine
-    update: Pass
-    seconds: dict[str, float]
-    """By phase."""
+    moving: dict[str, float]
+    """Seconds, by phase, in which memory is moved and nothing is computed."""
     step_s: float
 
     @property
     def peak(self) -> float:
         """Most bytes at once on one device."""
-        lasting, updating = (sum(part.values()) for part in (self.memory.lasting, self.memory.update))
-        if self.samplers:
-            return max(lasting + updating, self.engine.bytes)
-        return lasting + max(updating, self.engine.bytes)
+        return max(self.load.together.learner, self.load.stays + self.engine.bytes)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By phase."""
+        learning = {name: one.seconds for name, one in self.passes.items()}
+        return {"rollout": self.engine.seconds, **learning, **self.moving}
+
+    @property
+    def passes(self) -> dict[str, Pass]:
+        """Of the learner, by phase."""
+        return {name: one for place in self.places.values() for name, one in place.passes.items()}
+
+    @property
+    def learning_s(self) -> float:
+        return sum(one.seconds for one in self.passes.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +93,7 @@ class Miss:
     """A layout that does not fit."""
 
     axes: Axes
-    offloaded: str
+    variant: Variant
     lacking: float
     """Bytes."""
     why: str
@@ -72,8 +105,6 @@ class Plan:
 
     run: Run
     shape: Shape
-    reference: bool
-    """The run holds a reference model of its own."""
     lengths: Lengths
     rates: Rates
     count: int
@@ -105,65 +136,27 @@ def plan(
             f"model's {shape.positions:,} positions; lower data.max_prompt_tokens or sampling.max_answer_tokens"
         )
     check_layouts(run, None)
-    owned = holds_reference(run)
-    made = Plan(
-        run=run,
-        shape=shape,
-        reference=owned,
-        lengths=lengths,
-        rates=rates,
-        count=count,
-        per_node=per_node,
-    )
-    path = run.reference.path
-    reference = (shape if path is None else footprint.shape_of(run.model, None, path)) if owned else None
-    reference_config = footprint.config_of(run.model, None, path)
-    rules = Rules(config, shape.experts, per_node)
-    search = Search(made, reference, reference_config, rules, variants(run) if offload else {"": run})
-    offers = search.offers()
+    made = Plan(run=run, shape=shape, lengths=lengths, rates=rates, count=count, per_node=per_node)
+    given = Variant(run=run, roles=roles_of(run, shape))
+    offers = Search(made, given, Rules(config, shape.experts, per_node), offload).offers()
     made.offers = heapq.nsmallest(top, offers, key=lambda offer: (offer.step_s, offer.peak))
     return made
-
-
-def variants(run: Run) -> dict[str, Run]:
-    """The run with more and more in host memory, by what that is; what it offloads already stays so."""
-    learner = run.learner
-    optimizer = learner.model_copy(
-        update={"optimizer": learner.optimizer.model_copy(update={"offload": True})}
-    )
-    layout = {"offload_parameters": True, "offload_gradients": False}
-    everything = optimizer.model_copy(update={"layout": learner.layout.model_copy(update=layout)})
-    reference = run.reference.model_copy(
-        update={"layout": run.reference.layout.model_copy(update={"offload_parameters": True})}
-    )
-    away = run.model_copy(update={"reference": reference})
-    found = {offloaded(each): (run, each) for each in (learner, optimizer)}
-    found[offloaded(everything)] = (away, everything)
-    return {name: whole.model_copy(update={"learner": each}) for name, (whole, each) in found.items()}
-
-
-def offloaded(learner: Learner) -> str:
-    names = {
-        "optimizer": learner.optimizer.offload,
-        "parameters": learner.layout.offload_parameters,
-        "gradients": learner.layout.offload_gradients,
-    }
-    return " and ".join(name for name, is_so in names.items() if is_so)
 
 
 class Search:
     """Goes through all layouts, and keeps count of what it meets in the plan."""
 
-    def __init__(
-        self,
-        made: Plan,
-        reference: Shape | None,
-        reference_config: PreTrainedConfig,
-        rules: Rules,
-        runs: dict[str, Run],
-    ) -> None:
-        self.plan, self.rules, self.runs = made, rules, runs
-        self.reference, self.reference_config = reference, reference_config
+    def __init__(self, made: Plan, given: Variant, rules: Rules, offload: bool) -> None:
+        self.plan, self.rules, self.roles = made, rules, given.roles
+        # An engine alone on a single device is in the learner's process.
+        beside = made.count > 1 or made.run.placement.kind == "colocated"
+        self._variants = {
+            shared: variants(given, beside=shared and beside)
+            if offload
+            else [given.sleeping(given.run.learner.sleep and shared)]
+            for shared in (True, False)
+        }
+        self._places: dict[tuple[Variant, int], dict[str, Place]] = {}
         self._engines: dict[tuple[int, int, bool], Engine | float] = {}
         self._all = links(made.rates, made.count, made.per_node)
 
@@ -178,9 +171,9 @@ class Search:
 
     def _with(self, samplers: int) -> Iterator[Offer]:
         run, learners = self.plan.run, self.plan.count - samplers
-        refusal = self._reference_refusal(learners)
-        if refusal is not None:
-            self.plan.refused[refusal] += 1
+        refusals = [why for role in self.roles if (why := role.refusal(learners)) is not None]
+        if refusals:
+            self.plan.refused[refusals[0]] += 1
             return
         sequences = run.rollouts_per_step // run.learner.updates_per_step
         for axes in layouts(learners, self.rules, sequences):
@@ -198,61 +191,104 @@ class Search:
                     NEAREST, [*self.plan.misses, found], key=lambda m: m.lacking
                 )
 
-    def _reference_refusal(self, learners: int) -> str | None:
-        """Why `reference.layout` cannot be on so many learners; None where it can."""
-        if self.reference is None or learners == 1:
-            return None
-        try:
-            check_fit(self.plan.run.reference.layout, self.reference_config, learners, "reference.layout")
-        except ConfigError as cause:
-            return str(cause)
-        return None
-
     def _fit(self, axes: Axes, samplers: int) -> Offer | Miss:
         """With as little in host memory as will do."""
         found: Offer | Miss | None = None
-        for name, run in self.runs.items():
-            found = self._try(axes, samplers, name, run)
+        for variant in self._variants[not samplers]:
+            found = self._try(axes, samplers, variant)
             if isinstance(found, Offer):
                 return found
         assert found is not None
         return found
 
-    def _try(self, axes: Axes, samplers: int, name: str, run: Run) -> Offer | Miss:
-        made, usable = self.plan, self.plan.rates.usable
-        longest, other = made.lengths.longest_prompt, self._reference_axes(axes)
-        memory = footprint.memory(run, made.shape, longest, self.reference, axes, other)
-        if not made.rates.host_memory:
-            memory = replace(memory, lasting=memory.lasting | memory.host, host={})
-        lasting = sum(memory.lasting.values())
-        over = lasting + sum(memory.update.values()) - usable
-        if over > 0:
-            parts = memory.lasting | memory.update
+    def _try(self, axes: Axes, samplers: int, variant: Variant) -> Offer | Miss:
+        made, usable, host = self.plan, self.plan.rates.usable, self.plan.rates.host_memory
+        load = self._load(axes, samplers, variant)
+
+        def miss(lacking: float, why: str) -> Miss:
+            return Miss(axes=axes, variant=variant, lacking=lacking, why=why)
+
+        if load.together.learner > usable:
+            parts = load.together.lasting | load.together.update
             largest = max(parts, key=lambda part: parts[part])
             why = f"the update, most of it {largest} ({footprint.readable(parts[largest])})"
-            return Miss(axes=axes, offloaded=name, lacking=over, why=why)
-        whole = made.count == 1 and run.engine.kind == "embedded" and "weights" in memory.lasting
-        waiting = sum(memory.host.values()) - made.rates.host_memory
-        if waiting > 0 and name:
-            why = f"the host's memory, {footprint.readable(int(made.rates.host_memory))} a device"
-            return Miss(axes=axes, offloaded=name, lacking=waiting, why=why)
-        engine = self._engine(samplers, usable - (0 if samplers else lasting), whole and not samplers)
+            return miss(load.together.learner - usable, why)
+        waiting = sum(load.together.host.values()) + load.asleep - host
+        if host and waiting > 0:
+            return miss(waiting, f"the host's memory, {footprint.readable(int(host))} a device")
+        alone = made.count == 1 and made.run.engine.kind == "embedded" and not load.asleep
+        whole = alone and not samplers and "weights" in load.own.lasting
+        engine = self._engine(samplers, usable - load.stays, whole)
         if isinstance(engine, float):
-            return Miss(axes=axes, offloaded=name, lacking=engine, why="sampling one answer at a time")
-        return self._offer(run, axes, samplers, name, memory, engine)
+            return miss(engine, "sampling one answer at a time")
+        return self._offer(axes, samplers, variant, load, engine)
 
-    def _reference_axes(self, axes: Axes) -> Axes:
-        """Those that `reference.layout` gives on the learner's processes; of one process there is only one layout."""
-        if self.reference is None:
-            return axes
-        return ALONE if axes.world == 1 else Axes.of(self.plan.run.reference.layout, axes.world)
+    def _load(self, axes: Axes, samplers: int, variant: Variant) -> Load:
+        made, learner = self.plan, variant.run.learner
+        longest = made.lengths.longest_prompt
+        own = footprint.learning(variant.run, made.shape, learner.layout, learner.optimizer, longest, axes)
+        own = together = self._here(own)
+        for name, place in self._others(variant, axes.world).items():
+            together = together.beside(name, place.memory)
+        lasting = sum(together.lasting.values())
+        asleep = lasting if learner.sleep and not samplers else 0
+        # Where the device is the host, what sleeps lies in another place of the same memory.
+        gone = samplers or (asleep and made.rates.host_memory)
+        return Load(own=own, together=together, asleep=asleep, stays=0 if gone else lasting)
 
-    def _reference_trainer(self, trainer: Trainer, axes: Axes) -> Trainer:
-        """Whose forward pass is the reference's: without weights of its own it is the policy without its adapter."""
-        if self.reference is None:
-            return trainer
-        offloads = trainer.run.reference.layout.offload_parameters
-        return replace(trainer, shape=self.reference, axes=axes, offloads=offloads)
+    def _offer(self, axes: Axes, samplers: int, variant: Variant, load: Load, engine: Engine) -> Offer:
+        run, learner = variant.run, variant.run.learner
+        trainer = self._trainer(run, self.plan.shape, axes, learner.layout, learner.optimizer)
+        actor = Place(axes=axes, memory=load.own, passes=policy_passes(trainer))
+        places = {"actor": actor, **self._others(variant, axes.world)}
+        moving = {"transfer": trainer.transfer(engine.tensor) if engine.copied else 0.0}
+        if load.asleep:
+            moving["sleep and wake"] = 2 * load.asleep / self.plan.rates.host
+        learning = sum(one.seconds for place in places.values() for one in place.passes.values())
+        ahead = samplers and run.sampling.max_lag
+        both = max(engine.seconds, learning) if ahead else engine.seconds + learning
+        return Offer(
+            axes=axes,
+            variant=variant,
+            samplers=samplers,
+            places=places,
+            load=load,
+            engine=engine,
+            moving=moving,
+            step_s=both + sum(moving.values()),
+        )
+
+    def _others(self, variant: Variant, learners: int) -> dict[str, Place]:
+        """By role."""
+        if (variant, learners) not in self._places:
+            found = {}
+            for role in variant.roles:
+                axes, run = role.axes(learners), variant.run
+                memory = self._here(role.memory(run, self.plan.lengths.longest_prompt, axes))
+                trainer = self._trainer(run, role.shape, axes, role.layout, role.optimizer)
+                found[role.name] = Place(axes=axes, memory=memory, passes=role.passes(trainer))
+            self._places[variant, learners] = found
+        return self._places[variant, learners]
+
+    def _here(self, memory: Memory) -> Memory:
+        """Where the device is the host, what waits in host memory is there as well."""
+        if self.plan.rates.host_memory:
+            return memory
+        return replace(memory, lasting=memory.lasting | memory.host, host={})
+
+    def _trainer(
+        self, run: Run, shape: Shape, axes: Axes, layout: Layout, optimizer: Optimizer | None
+    ) -> Trainer:
+        return Trainer(
+            run=run,
+            shape=shape,
+            lengths=self.plan.lengths,
+            axes=axes,
+            rates=self.plan.rates,
+            links=self._all,
+            layout=layout,
+            optimizer=optimizer,
+        )
 
     def _engine(self, samplers: int, free: float, whole: bool) -> Engine | float:
         """The fastest engine, or the bytes that are missing."""
@@ -278,38 +314,13 @@ class Search:
             self._engines[key] = min(fitting, key=lambda e: e.seconds) if fitting else min(lacking)
         return self._engines[key]
 
-    def _offer(self, run: Run, axes: Axes, samplers: int, name: str, memory: Memory, engine: Engine) -> Offer:
-        made, other = self.plan, self._reference_axes(axes)
-        trainer = Trainer(
-            run=run,
-            shape=made.shape,
-            lengths=made.lengths,
-            axes=axes,
-            rates=made.rates,
-            links=self._all,
-            offloads=run.learner.layout.offload_parameters,
-        )
-        update = trainer.update()
-        seconds = {"rollout": engine.seconds}
-        if run.old_logp == "recompute":
-            seconds["old log-probs"] = trainer.logprobs().seconds
-        if run.needs_reference:
-            seconds["reference"] = self._reference_trainer(trainer, other).logprobs().seconds
-        seconds |= {
-            "update": update.seconds,
-            "transfer": trainer.transfer(engine.tensor) if engine.copied else 0.0,
-        }
-        learning = sum(seconds.values()) - seconds["rollout"] - seconds["transfer"]
-        ahead = samplers and run.sampling.max_lag
-        rollout = seconds["rollout"]
-        return Offer(
-            axes=axes,
-            reference=other,
-            offloaded=name,
-            samplers=samplers,
-            memory=memory,
-            engine=engine,
-            update=update,
-            seconds=seconds,
-            step_s=(max(rollout, learning) if ahead else rollout + learning) + seconds["transfer"],
-        )
+
+def policy_passes(trainer: Trainer) -> dict[str, Pass]:
+    """Those of a step, by phase."""
+    run, found = trainer.run, {}
+    if run.old_logp == "recompute":
+        found["old log-probs"] = trainer.reading()
+    if run.needs_reference and not holds_reference(run):
+        # The policy without its adapter.
+        found["reference"] = trainer.reading()
+    return found | {"update": trainer.update()}

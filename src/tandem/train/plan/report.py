@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from tandem.train.footprint import readable
+from tandem.train.footprint import Memory, readable
 from tandem.train.plan.axes import Axes
 from tandem.train.plan.plan import Offer, Plan
+from tandem.train.plan.training import Pass
 
 REASONS = 3
 """Kinds of layouts that the model does not allow of which is told."""
@@ -43,15 +44,14 @@ def ranking(plan: Plan) -> str:
     s = plan.run.sampling
     tokens = plan.run.rollouts_per_step * plan.lengths.answer + s.prompts_per_step * plan.lengths.prompt
     for place, offer in enumerate(plan.offers, 1):
-        learn = sum(offer.seconds.values()) - offer.seconds["rollout"] - offer.seconds["transfer"]
         rows.append(
             [
                 str(place),
                 str(offer.axes),
                 engines(offer),
-                offer.offloaded or "-",
+                offer.variant.away or "-",
                 number(offer.seconds["rollout"]),
-                number(learn),
+                number(offer.learning_s),
                 number(offer.step_s),
                 readable(int(offer.peak)),
                 f"{tokens / offer.step_s:,.0f}",
@@ -70,36 +70,43 @@ def engines(offer: Offer) -> str:
 def roles(plan: Plan, offer: Offer) -> str:
     """Memory of each role on its fullest device."""
     names = ("weights", "gradients", "optimizer", "activations", "logits", "cache", "other")
-    lasting, updating, host = offer.memory.lasting, offer.memory.update, offer.memory.host
-    masters = lasting.get("master weights", 0)
-    actor = [
-        lasting.get("weights", 0),
-        updating.get("gradients", 0),
-        lasting.get("optimizer", 0) + masters,
-        updating["activations"],
-        updating["logits"],
-        0,
-        updating.get("gathered weights", 0),
-    ]
-    rows = [["role", *names, "all"], row("actor", actor)]
-    if plan.reference:
-        rows.append(row("reference", [lasting.get("reference", 0), 0, 0, 0, 0, 0, 0]))
+    rows = [["role", *names, "all"]]
+    rows += [row(name, taken(place.memory)) for name, place in offer.places.items()]
     engine = offer.engine
     rows.append(row("engine", [engine.weights, 0, 0, 0, engine.logits, engine.cache, 0]))
     usable = readable(int(plan.rates.usable))
     notes = [f"memory by role, on its fullest device ({usable} usable); other: weights gathered while in use"]
-    if plan.reference and offer.axes.world > 1:
-        notes.append(f"the reference lies as reference.layout says: {offer.reference}")
-    if not offer.samplers:
-        notes.append(
-            f"update and sampling take turns: at most {readable(int(offer.peak))} at once; {slots(offer)}"
-        )
-    else:
+    for name, place in offer.places.items() if offer.axes.world > 1 else ():
+        if name != "actor":
+            notes.append(f"the {name} lies as {name}.layout says: {place.axes}")
+    if offer.samplers:
         notes.append(slots(offer))
-    if host:
-        held = ", ".join(f"{name} {readable(size)}" for name, size in host.items() if size)
+    else:
+        notes.append(
+            f"updates and sampling take turns: at most {readable(int(offer.peak))} at once; {slots(offer)}"
+        )
+    if offer.load.together.host:
+        held = ", ".join(
+            f"{name} {readable(size)}" for name, size in offer.load.together.host.items() if size
+        )
         notes.append(f"in host memory, for each device: {held}")
+    if offer.load.asleep:
+        notes.append(f"in host memory while engines sample, for each device: {readable(offer.load.asleep)}")
     return "\n".join([notes[0], table(rows), *notes[1:]])
+
+
+def taken(memory: Memory) -> list[float]:
+    """By the columns of the table."""
+    lasting, updating = memory.lasting, memory.update
+    return [
+        lasting.get("weights", 0),
+        updating.get("gradients", 0),
+        lasting.get("optimizer", 0) + lasting.get("master weights", 0),
+        updating.get("activations", 0),
+        updating.get("logits", 0),
+        0,
+        updating.get("gathered weights", 0),
+    ]
 
 
 def slots(offer: Offer) -> str:
@@ -114,20 +121,25 @@ def row(name: str, sizes: Sequence[float]) -> list[str]:
 
 def phases(offer: Offer) -> str:
     rows = [["phase", "seconds", "of it"]]
-    update = offer.update
+    engine = offer.engine
     said = {
-        "rollout": f"communication {number(offer.engine.communication)}; a step is bound by {offer.engine.reads}",
-        "update": (
-            f"products {number(update.products)}, communication that shows {number(update.exposed)}, "
-            f"pipeline bubble {number(update.bubble)}, optimizer {number(update.optimizer)}"
-        ),
-        "transfer": "weights to the engines" if offer.engine.copied else "none: one set of weights",
+        "rollout": f"communication {number(engine.communication)}; a step is bound by {engine.reads}",
+        "transfer": "weights to the engines" if engine.copied else "none: one set of weights",
+        "sleep and wake": "the learner's memory to the host and back",
     }
-    for name, seconds in offer.seconds.items():
-        rows.append([name, number(seconds), said.get(name, "")])
+    said |= {name: parts(one) for name, one in offer.passes.items()}
+    rows += [[name, number(seconds), said[name]] for name, seconds in offer.seconds.items()]
     ahead = offer.step_s < sum(offer.seconds.values())
     said_of_all = "the longer of rollout and learning, and the transfer" if ahead else ""
     return table([*rows, ["step", number(offer.step_s), said_of_all]])
+
+
+def parts(one: Pass) -> str:
+    optimizer = f", optimizer {number(one.optimizer)}" if one.optimizer else ""
+    return (
+        f"products {number(one.products)}, communication that shows {number(one.exposed)}, pipeline bubble "
+        f"{number(one.bubble)}{optimizer}"
+    )
 
 
 def keys(plan: Plan, offer: Offer) -> str:
@@ -143,11 +155,9 @@ def keys(plan: Plan, offer: Offer) -> str:
         chosen += ["engine.kind=vllm", f"engine.tensor_parallel={offer.engine.tensor}"]
     if plan.run.engine.kind == "vllm" and not offer.samplers:
         chosen.append("engine.sleep=true")
-    if "optimizer" in offer.offloaded:
-        chosen.append("learner.optimizer.offload=true")
-    if "parameters" in offer.offloaded:
-        chosen.append("learner.layout.offload_parameters=true")
-        chosen += ["reference.layout.offload_parameters=true"] * plan.reference
+    chosen += offer.variant.keys
+    if plan.run.learner.sleep and not offer.load.asleep:
+        chosen.append("learner.sleep=false")
     return f"keys of the first: {' '.join(chosen) or 'none, the recipe as it is'}"
 
 
@@ -161,8 +171,8 @@ def left_out(plan: Plan) -> str:
     if plan.missed:
         lines.append(f"{plan.missed:,} layouts do not fit; the nearest to it:")
         for miss in plan.misses:
-            away = f" with {miss.offloaded} in host memory" if miss.offloaded else ""
-            lines.append(f"  {miss.axes}{away}: lacks {readable(int(miss.lacking))} for {miss.why}")
+            held = f" with {miss.variant.away} in host memory" if miss.variant.away else ""
+            lines.append(f"  {miss.axes}{held}: lacks {readable(int(miss.lacking))} for {miss.why}")
     if plan.refused:
         count = plan.refused.total()
         lines.append(f"{count:,} combinations of axes cannot be; most often:")

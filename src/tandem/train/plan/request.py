@@ -13,11 +13,6 @@ def planned(
     run: Run, *, device: str, count: int, per_node: int, prompt: int | None, answer: int | None, top: int
 ) -> str:
     """The plan of a run as text. `prompt` and `answer` are mean tokens; without them, the recipe's limits."""
-    if run.needs_critic:
-        raise ConfigError(
-            "algorithm.advantage=gae: a critic's time and memory are not planned; `tandem check` has its memory on one "
-            "device. For the layouts of the policy alone, plan with algorithm.preset=reinforce_pp"
-        )
     lengths = lengths_of(run, prompt, answer)
     here = device == "cpu"
     rates = measured(run, lengths) if here else assumed(find(device), run.model.dtype)

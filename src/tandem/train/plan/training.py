@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+from tandem.config.layout import Layout
 from tandem.config.run import Run
+from tandem.config.sections import Optimizer
 from tandem.model.load import DTYPES
 from tandem.train.footprint import FLOAT, Shape, held
 from tandem.train.plan.axes import Axes
@@ -39,7 +41,7 @@ class Pass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trainer:
-    """The learner of a run in one layout."""
+    """A model on the learners of a run, in one layout."""
 
     run: Run
     shape: Shape
@@ -47,8 +49,9 @@ class Trainer:
     axes: Axes
     rates: Rates
     links: Links
-    offloads: bool
-    """The weights are in host memory and come when they are used."""
+    layout: Layout
+    optimizer: Optimizer | None
+    """Of a model that learns."""
 
     def update(self) -> Pass:
         """All updates of a step."""
@@ -59,8 +62,8 @@ class Trainer:
         one = self._pass(tokens, products, passes, gathers=2, more=sums, optimizer=self._optimizer())
         return times(one, learner.updates_per_step * learner.epochs_per_step)
 
-    def logprobs(self) -> Pass:
-        """A forward pass over a step's answers: old log-probabilities, or the reference's."""
+    def reading(self) -> Pass:
+        """A forward pass over a step's answers: log-probabilities, or values."""
         tokens = share(self.run, self.lengths, self.axes.data)
         products = forward(self.shape, tokens).total / self._processes / self.rates.forward
         return times(self._pass(tokens, products, 1, gathers=1), self.run.learner.updates_per_step)
@@ -76,7 +79,7 @@ class Trainer:
         optimizer: float = 0.0,
     ) -> Pass:
         layers = passes * self._joining(tokens)
-        if self.offloads:
+        if self.layout.offload_parameters:
             more += tokens.forwards * gathers * held(self.shape, self.axes)[0] * self._word / self.rates.host
         ranks, chunks = self.axes.pipeline, self.axes.pipeline_chunks
         # Interleaved stages take turns after as many micro-batches as there are processes, be they there or not.
@@ -144,7 +147,8 @@ class Trainer:
 
     def _optimizer(self) -> float:
         trained = held(self.shape, self.axes)[1]
-        rate = self.rates.host if self.run.learner.optimizer.offload else self.rates.bandwidth
+        assert self.optimizer is not None
+        rate = self.rates.host if self.optimizer.offload else self.rates.bandwidth
         return trained * OPTIMIZER_BYTES / rate
 
     def transfer(self, engine_tensor: int) -> float:
