@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from tandem.config.layout import Layout
+from tandem.config.layout import Layout, refuse_pipeline
 from tandem.config.section import Section
 from tandem.config.sections import Optimizer
 
@@ -27,9 +27,5 @@ class Critic(Section):
 
     @model_validator(mode="after")
     def _no_pipeline(self) -> "Critic":
-        if self.layout.pipeline > 1:
-            raise ValueError(
-                f"critic.layout.pipeline={self.layout.pipeline}: a critic does not lie in a pipeline; use shard or "
-                "tensor, which need not be those of the policy"
-            )
+        refuse_pipeline(self.layout, "critic.layout")
         return self

@@ -92,3 +92,12 @@ class Layout(Section):
             raise ValueError(f"{stages} stages of {counts} layers do not make up the model's {layers} layers")
         ends = list(accumulate(counts))
         return [range(end - count, end) for end, count in zip(ends, counts)]
+
+
+def refuse_pipeline(layout: Layout, key: str) -> None:
+    """ValueError where a model that predicts one value is to lie in a pipeline; `key` is that of its layout."""
+    if layout.pipeline > 1:
+        raise ValueError(
+            f"{key}.pipeline={layout.pipeline}: a model that predicts one value does not lie in a pipeline; use shard "
+            "or tensor, which need not be those of the policy"
+        )

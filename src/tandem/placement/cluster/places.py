@@ -17,6 +17,7 @@ from tandem.placement.cluster.learners import (
     RemoteActor,
     RemoteCritic,
     RemoteReference,
+    RemoteRewardModel,
 )
 from tandem.placement.cluster.port import Cluster, Worker
 from tandem.rollout import Sampler
@@ -85,6 +86,9 @@ class Placed:
 
     def critic(self) -> RemoteCritic:
         return RemoteCritic(self.learners)
+
+    def reward_model(self) -> RemoteRewardModel:
+        return RemoteRewardModel(self.learners, self.engines.sleep if self.shared else None)
 
     def _learners_turn(self) -> None:
         # What went wrong in the line is told to whoever takes the next groups; learners can still save what they have.

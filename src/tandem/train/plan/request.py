@@ -18,6 +18,11 @@ def planned(
             "algorithm.advantage=gae: a critic's time and memory are not planned; `tandem check` has its memory on one "
             "device. For the layouts of the policy alone, plan with algorithm.preset=reinforce_pp"
         )
+    if run.reward.model is not None:
+        raise ConfigError(
+            "reward.model: a reward model's time and memory are not planned; `tandem check` has its memory. Plan with "
+            "reward.model=null and a function in reward.functions"
+        )
     lengths = lengths_of(run, prompt, answer)
     here = device == "cpu"
     rates = measured(run, lengths) if here else assumed(find(device), run.model.dtype)
