@@ -1,4 +1,5 @@
-"""What the processes of a critic's parallel test run: the same two updates in several layouts."""
+"""What the processes of a critic's parallel test run: the same two updates in several layouts, and the scores of a
+reward model."""
 
 import json
 from dataclasses import replace
@@ -13,6 +14,7 @@ from tandem.checkpoint.sharded import read_sharded, write_sharded
 from tandem.config import Run
 from tandem.config.critic import Critic as CriticConfig
 from tandem.config.layout import Layout
+from tandem.config.reward import Reward
 from tandem.config.sections import Model
 from tandem.learner import Critic
 from tandem.model import load
@@ -20,7 +22,7 @@ from tandem.model.new import new_tokenizer
 from tandem.model.parallel.grid import Grid, connect
 from tandem.model.parallel.load import load_sharded
 from tandem.placement.inline import critic_of
-from tandem.placement.ranks import actor_of, build_critic
+from tandem.placement.ranks import actor_of, build_critic, build_reward_model
 from tandem.types import Batch, Experience
 from tiny_step import batch, run
 
@@ -44,6 +46,7 @@ def settings(folder: Path, start: str, **critic: object) -> Run:
     return made.model_copy(
         update={
             "model": Model(path=str(folder / "policy")),
+            "reward": Reward.model_validate({"model": {"path": str(folder / "critic")}}),
             "critic": CriticConfig.model_validate({"path": path, "optimizer": BIG, **critic}),
         }
     )
@@ -86,6 +89,10 @@ def everything(rank: int, world: int, address: str, place: str) -> None:
                 out = folder / f"{start} {name}"
                 save_file({"value_BT": value_BT, **weights}, f"{out}.safetensors")
                 Path(f"{out}.json").write_text(json.dumps(figures))
+    for name, sizes in LAYOUTS.items():
+        score_B = build_reward_model(made, Layout.model_validate(sizes), actor).scores(part)
+        if rank == 0:
+            save_file({"score_B": score_B}, folder / f"scores {name}.safetensors")
     write_sharded(folder / "saved", critic.model, critic.optimizer)
     other = build_critic(made, Layout(tensor=2), actor)
     read_sharded(folder / "saved", other.model, other.optimizer)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, Qwen2ForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from critic_ranks import LAYOUTS, STARTS, everything, prediction, settings, single, weights_of
 from parallel_ranks import CPU, launch
@@ -18,7 +18,7 @@ from tandem.model import LanguageModel, load, token_values
 from tandem.model.new import new_tokenizer
 from tandem.model.value import load_value
 from tandem.placement.inline import critic_of
-from tiny_models import FAMILIES, network, randomized
+from tiny_models import classifier, network, row_scores
 from tiny_step import batch
 
 
@@ -27,11 +27,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy, and a reward model of another shape."""
     made = tmp_path_factory.mktemp("critic")
     network("qwen2_grouped").save_pretrained(made / "policy")
-    config = FAMILIES["qwen2_grouped"]().config
-    config.intermediate_size, config.num_labels = 64, 1
-    randomized(Qwen2ForSequenceClassification(config), seed=4).save_pretrained(made / "critic")
-    for name in ("policy", "critic"):
-        new_tokenizer().save_pretrained(made / name)
+    new_tokenizer().save_pretrained(made / "policy")
+    classifier(made / "critic")
     return made
 
 
@@ -211,6 +208,16 @@ def test_two_processes_do_what_one_does(spread, start, layout):
     found = json.loads((spread / f"{start} {layout}.json").read_text())
     assert found == pytest.approx(figures, rel=1e-5, abs=1e-5)
     assert found["critic/value_clipfrac"] > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_reward_model_on_two_processes_says_what_transformers_does(spread, layout):
+    part = batch()
+    rows = [tokens[:length] for tokens, length in zip(part.tokens_BT.tolist(), part.length_B.tolist())]
+    score_B = load_file(spread / f"scores {layout}.safetensors")["score_B"]
+    torch.testing.assert_close(
+        score_B, torch.tensor(row_scores(spread / "critic", rows)), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_a_critic_on_many_processes_is_saved_as_one_of_transformers(spread):

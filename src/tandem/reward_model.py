@@ -25,7 +25,7 @@ class RewardModel(Role):
                 f"positions (reward.model.path={self.model.source}); lower sampling.max_answer_tokens or "
                 "data.max_prompt_tokens"
             )
-        return self._each(batch, self._row_values)[:, 0]
+        return self._each(batch, self._row_values)[:, 0].clone()
 
     def timed_scores(self, batch: Batch) -> tuple[Tensor, float]:
         """`scores`, and the seconds that they took."""

@@ -295,8 +295,8 @@ class Learner(Section):
     optimizer: Optimizer = Optimizer()
     layout: Layout = Layout()
     sleep: bool = False
-    """With placement.kind=colocated: give the device's memory to the engine while it samples. Weights, optimizer state
-    and reference wait in host memory and come back before the update. Where the device is the host they are copied all
+    """With placement.kind=colocated: give the device's memory to the engine while it samples. All models and the
+    optimizer state wait in host memory and come back before the update. Where the device is the host they are copied all
     the same, to no use."""
     max_nonfinite: int = Field(3, gt=0)
     """The run stops after so many updates in a row with a loss or gradient that is not finite."""
