@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from parallel_ranks import CPU
+from tandem.checkpoint.convert import convert
 from tandem.config import Run
 from tandem.config.reward import Reward
 from tandem.errors import ConfigError, RunError
@@ -103,6 +104,13 @@ def test_a_folder_that_is_no_reward_model_is_refused_by_name(folder, tmp_path, c
         odd.save_pretrained(other)
     with pytest.raises(ConfigError, match=said):
         load_reward_model(str(other), "fp32", new_tokenizer(), CPU)
+
+
+def test_a_reward_model_that_was_converted_says_what_it_said(folder, tmp_path):
+    there = convert(folder, tmp_path / "megatron", "megatron", tensor_parallel=2, say=lambda text: None)
+    back = convert(there, tmp_path / "back", "hf", shard_gb=3e-5, say=lambda text: None)
+    assert len(list(back.glob("*.safetensors"))) > 2
+    assert torch.equal(judge(back).scores(batch()), judge(folder).scores(batch()))
 
 
 @pytest.fixture

@@ -296,8 +296,8 @@ class Learner(Section):
     layout: Layout = Layout()
     sleep: bool = False
     """With placement.kind=colocated: give the device's memory to the engine while it samples. All models and the
-    optimizer state wait in host memory and come back before the update. Where the device is the host they are copied all
-    the same, to no use."""
+    optimizer state wait in host memory and come back before the update. Where the device is the host they are copied
+    all the same, to no use."""
     max_nonfinite: int = Field(3, gt=0)
     """The run stops after so many updates in a row with a loss or gradient that is not finite."""
 

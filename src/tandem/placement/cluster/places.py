@@ -71,8 +71,10 @@ class Placed:
         return self.learners.call("build", address, *folders, root, timeout_s=timeout_s)
 
     def close_learners(self) -> None:
-        """Remove the weights that lie on the road; a learner that is gone cannot."""
+        """Remove the weights that lie on the road, which a learner that is gone cannot. Then nobody waits for one."""
         self.learners.workers[0].call("close").settle(5.0)
+        for worker in self.learners.workers:
+            worker.kill()
 
     def actor(self, facts: Facts) -> RemoteActor:
         return RemoteActor(self.learners, facts)
