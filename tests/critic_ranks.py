@@ -1,4 +1,5 @@
-"""What the processes of a critic's parallel test run: two updates in many layouts, one launch for all of them."""
+"""What the processes of a critic's parallel test run: two updates in many layouts, and the scores of a reward model;
+one launch for all of them."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from tandem.checkpoint.sharded import read_sharded, write_sharded
 from tandem.config import Run
 from tandem.config.critic import Critic as CriticConfig
 from tandem.config.layout import Layout
+from tandem.config.reward import Reward
 from tandem.config.sections import Model
 from tandem.errors import ConfigError
 from tandem.learner import Actor, Critic
@@ -28,7 +30,7 @@ from tandem.model.new import new_tokenizer
 from tandem.model.parallel.grid import Grid, connect
 from tandem.model.parallel.load import load_sharded
 from tandem.placement.inline import critic_of
-from tandem.placement.ranks import actor_of, build_critic
+from tandem.placement.ranks import actor_of, build_critic, build_reward_model
 from tandem.types import Batch, Experience, take
 from tiny_models import FAMILIES as SHALLOW
 from tiny_models import randomized
@@ -90,6 +92,8 @@ CASES = {
         "shared expert": Case(layout={"expert": 2}, start="policy", family="shared expert"),
     },
 }
+SCORED = {**{name: Case(layout=sizes) for name, sizes in LAYOUTS.items()}, "stages": deep({})}
+"""Of a reward model on 2 processes."""
 SAVED = "stages x shard"
 """Saved by 4 processes, goes on in these layouts of 2."""
 RESUMED = {"uneven stages": UNEVEN, "tensor": {"tensor": 2}}
@@ -121,6 +125,7 @@ def settings(folder: Path, start: str, **critic: object) -> Run:
     return made.model_copy(
         update={
             "model": Model(path=str(folder / "policy")),
+            "reward": Reward.model_validate({"model": {"path": str(folder / "critic")}}),
             "critic": CriticConfig.model_validate({"path": path, "optimizer": BIG, **critic}),
         }
     )
@@ -193,6 +198,7 @@ def everything(rank: int, world: int, address: str, place: str) -> None:
                 save_file(later, folder / "later.safetensors")
     if world == 2:
         odd_head(folder)
+        score(folder, rank)
     for name, sizes in RESUMED.items() if world == 2 else ():
         case = replace(CASES[4][SAVED], layout=sizes)
         part = learned(folder / case.family, case.start)
@@ -202,6 +208,15 @@ def everything(rank: int, world: int, address: str, place: str) -> None:
         later = weights_of(critic)
         if rank == 0:
             save_file(later, folder / f"later {name}.safetensors")
+
+
+def score(folder: Path, rank: int) -> None:
+    """A step, by the reward model in all its layouts."""
+    for name, case in SCORED.items():
+        actor = policy(folder / case.family, "{}")
+        score_B = build_reward_model(actor.run, Layout.model_validate(case.layout), actor).scores(batch())
+        if rank == 0:
+            save_file({"score_B": score_B}, folder / f"scores {name}.safetensors")
 
 
 def odd_head(folder: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tandem.config.sections import Reward
+from tandem.config.reward import Reward
 from tandem.rewards.scorer import Scorer
 
 OWN = Path(__file__).parent / "data" / "own_rewards.py"

@@ -135,7 +135,13 @@ def test_a_key_unlike_any_other_gets_no_suggestion(tmp_path):
         ("model.lora.targets=3", "model.lora.targets=3 (override): expected list of text or `all-linear`"),
         ("device=0", "device=0 (override): expected text; quote it to make it text"),
         ("sampling=4", "sampling=4 (override): expected section"),
-        ("reward.functions=[]", "reward.functions=[] (override): expected list of sections with at least 1"),
+        (
+            "reward.functions=[]",
+            "reward (override): nothing scores an answer: name a function in reward.functions",
+        ),
+        ("reward.model.name=judge", "reward.model.path: missing; expected text"),
+        ("reward.model={path: x, name: answer_number}", "may stand once, and none be 'overlong'"),
+        ("reward.model={path: x, name: a b}", "reward.model.name='a b': use letters, digits"),
         ("reward.functions=[3]", "reward.functions.0=3 (override): expected list of sections"),
         ("reward.functions=[{}]", "reward.functions.0.name: missing; expected text"),
         ("data=null", "data=null (override): expected section"),
@@ -272,6 +278,7 @@ def test_difference_names_what_a_resumed_run_must_not_change(tmp_path):
         "warmup.steps=3",
         "reward.functions=[{name: answer_number, weight: 2}]",
         "algorithm.preset=dr_grpo",
+        "reward.model={path: judge, weight: 2}",
     ]
     new = load(path, changed)
     said = difference(old, new)
@@ -279,6 +286,7 @@ def test_difference_names_what_a_resumed_run_must_not_change(tmp_path):
     assert "warmup.steps: (not set) -> 3" in said
     assert "reward.functions.0.weight: 1.0 -> 2" in said or "reward.functions.0.weight: 1.0 -> 2.0" in said
     assert 'algorithm.weight: "sequence_mean" -> "constant"' in said
+    assert 'reward.model.path: (not set) -> "judge"' in said and not [s for s in said if "model.layout" in s]
     assert all(
         line.split(":")[0].split(".")[0] in {"learner", "warmup", "reward", "algorithm"} for line in said
     )
@@ -286,6 +294,7 @@ def test_difference_names_what_a_resumed_run_must_not_change(tmp_path):
 
 def test_difference_lets_pass_what_may_change_on_resume(tmp_path):
     path = write(tmp_path, SMALL)
+    judged = ["reward.model.path=x"]
     free = [
         "run_dir=x",
         "steps=7",
@@ -299,10 +308,11 @@ def test_difference_lets_pass_what_may_change_on_resume(tmp_path):
         "learner.layout.context=2",
         "reference.layout.context=2",
         "reward.workers=4",
+        "reward.model.layout.context=2",
     ]
     elsewhere = ["placement.kind=colocated", "learner.sleep=true"]  # where profile=true is refused
     assert len(free) + 2 == len(FREE_ON_RESUME)
-    assert difference(load(path), load(path, free)) == []
+    assert difference(load(path, judged), load(path, judged + free)) == []
     assert difference(load(path), load(path, elsewhere)) == []
     assert FREE_ON_RESUME and all(key in keys() for key in FREE_ON_RESUME)
 

@@ -13,6 +13,7 @@ from critic_ranks import (
     CASES,
     RESUMED,
     SAVED,
+    SCORED,
     STARTS,
     everything,
     make,
@@ -31,6 +32,7 @@ from tandem.model.new import new_tokenizer
 from tandem.model.value import load_value
 from tandem.placement.inline import critic_of
 from tandem.train.snapshot import read_pupil, write_pupil
+from tiny_models import row_scores
 from tiny_step import batch
 
 
@@ -224,6 +226,15 @@ def test_many_processes_do_what_one_does(spread, world, name):
     found = json.loads((spread / f"{world} {name}.json").read_text())
     assert found == pytest.approx(figures, rel=1e-5, abs=1e-5)
     assert found["critic/value_clipfrac"] > 0
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_a_reward_model_on_two_processes_says_what_transformers_does(spread, name):
+    part = batch()
+    rows = [tokens[:length] for tokens, length in zip(part.tokens_BT.tolist(), part.length_B.tolist())]
+    score_B = load_file(spread / f"scores {name}.safetensors")["score_B"]
+    expected_B = torch.tensor(row_scores(spread / SCORED[name].family / "critic", rows))
+    torch.testing.assert_close(score_B, expected_B, atol=1e-5, rtol=1e-5)
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -1,6 +1,7 @@
 """The reference works on groups while others are sampled, and says what it says of all of them afterwards."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
@@ -10,13 +11,17 @@ import pytest
 import torch
 
 from tandem.config.placement import Placement
+from tandem.errors import RunError
 from tandem.journal import read_metrics
 from tandem.learner import Reference, Role, units
+from tandem.placement.inline import reward_model_of
+from tandem.rewards.scorer import Scorer
+from tandem.rollout import Sampler
 from tandem.train.run import train
 from tandem.types import collate, take
 from test_meanwhile import Staged
 from test_stream import COIN, make, model, scorer  # noqa: F401
-from tiny_models import language_model
+from tiny_models import classifier, language_model
 from tiny_step import batch, run
 
 NAP_S = 0.3
@@ -24,21 +29,21 @@ NAP_S = 0.3
 
 
 class SlowLearners:
-    """One learner that takes long: the reference itself, in a thread of its own as in a process."""
+    """One learner that takes long: the role itself, in a thread of its own as in a process."""
 
-    def __init__(self, reference: Reference) -> None:
+    def __init__(self, reference: Reference, **methods: Callable) -> None:
         self.run, self.reference = reference.run, reference
+        self.methods = {"reference_logprobs": reference.logprobs, **methods}
         self.thread = ThreadPoolExecutor(1)
         self.asked = 0
 
     def begin(self, method: str, unit) -> list[Future]:
-        assert method == "reference_logprobs"
         self.asked += 1
-        return [self.thread.submit(self._work, unit)]
+        return [self.thread.submit(self._work, self.methods[method], unit)]
 
-    def _work(self, unit):
+    def _work(self, method, unit):
         time.sleep(NAP_S)
-        return self.reference.logprobs(unit), NAP_S
+        return method(unit), NAP_S
 
     def finish(self, calls: list[Future]):
         return calls[0].result()
@@ -85,6 +90,71 @@ def test_only_the_last_group_is_waited_for(beside):
     assert learners.asked == 4
     assert torch.equal(logp_BT, learners.reference.logprobs(collate(groups)))
     assert logp_BT[collate(groups).mask_BT].ne(0).any()
+
+
+def test_the_reward_model_scores_meanwhile_and_bit_for_bit_the_same(beside, tmp_path):
+    from tandem.placement.cluster.learners import RemoteRewardModel
+
+    stream, _, learners = beside
+    own, sampler = stream.sampler.run, stream.sampler
+    term = {"path": str(classifier(tmp_path / "judge")), "name": "judge"}
+    reward = own.reward.model_validate({**own.reward.model_dump(), "model": term})
+    own = own.model_copy(update={"reward": reward})
+    inline = reward_model_of(own, sampler.engine.engine.model)
+    learners.methods["reward_scores"] = inline.scores
+    sampler.on_group = lambda place, group: None
+    takes = []
+    with Scorer(reward, own.sampling.max_answer_tokens) as scorer:  # noqa: F811
+        scorer.ready()
+        for model in (RemoteRewardModel(learners, None), inline):
+            place = (sampler.engine, scorer, sampler.tokenizer, own, sampler.params, sampler.stop_tokens)
+            one = Sampler(*place, model)
+            takes.append(one.sample(stream.prompts.prompts, range(4), answers=6))
+            seconds = one.take_seconds()
+            if model is not inline:
+                assert seconds["timing/non_overlap_reward_model"] < 2 * NAP_S < seconds["timing/reward_model"]
+    assert learners.asked == 4 and takes[0] == takes[1]
+    assert len({r.score.parts["judge"] for g in takes[0] for r in g.rollouts}) == 8, (
+        "two answers to each question"
+    )
+
+
+def test_a_call_has_its_time_from_the_end_of_the_one_before(monkeypatch):
+    """Whoever asked for that: learners that train may be asked for scores by the thread that samples."""
+    room = pytest.importorskip("tandem.placement.cluster.learners")
+    clock = [0.0]
+
+    class Call:
+        def __init__(self, worker, method: str, seconds: float) -> None:
+            self.worker, self.method = worker, method
+            worker.free = self.end = worker.free + seconds
+
+        def done(self) -> bool:
+            return clock[0] >= self.end
+
+        def result(self, timeout_s: float) -> str:
+            return self.method
+
+    class Worker:
+        free, log = 0.0, "its log"
+
+        def call(self, method: str, seconds: float) -> Call:
+            return Call(self, method, seconds)
+
+    def first_done(calls, timeout_s):
+        clock[0] = min(clock[0] + timeout_s, max(clock[0], min(call.end for call in calls)))
+        return [call for call in calls if call.done()]
+
+    monkeypatch.setattr(room.port, "first_done", first_done)
+    monkeypatch.setattr(room.time, "monotonic", lambda: clock[0])
+    own = run().model_copy(update={"placement": Placement(kind="apart", learner_timeout_s=10)})
+    learners = room.Learners([Worker()], own, room.time.sleep)
+    begun = [learners.begin(method, 8.0) for method in ("reward_scores", "update", "values")]
+    assert learners.finish(begun[2]) == "values" and clock[0] == 24
+    assert [learners.finish(early) for early in begun[:2]] == ["reward_scores", "update"]
+    slow = [learners.begin(method, seconds) for method, seconds in (("update", 12.0), ("reward_scores", 1.0))]
+    with pytest.raises(RunError, match="did not finish `update` within 10 s"):
+        learners.finish(slow[1])
 
 
 def test_what_was_not_begun_is_computed_and_nothing_is_left_over(beside):

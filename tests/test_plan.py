@@ -74,6 +74,25 @@ def test_a_critic_lies_as_its_own_layout_says_and_reads_and_learns_each_step(tmp
     assert any(reason.startswith("critic.layout: ") for reason in refused)
 
 
+def test_a_reward_model_is_read_in_a_layout_of_its_own(tmp_path):
+    judge = large(
+        tmp_path, "dense", "reward.model={path: " + str(tmp_path / "dense") + ", layout: {tensor: 8}}"
+    )
+    with_one, without = (planned(run, "b200", 64) for run in (judge, large(tmp_path, "dense")))
+    offer = with_one.offers[0]
+    place = offer.places["reward.model"]
+    assert place.axes == Axes(shard=place.axes.shard, tensor=8)
+    block = 2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 28672
+    parameters = 80 * block + 161 * 8192 + 128256 * 8192 + 8192
+    assert place.memory.lasting == pytest.approx({"weights": 2 * parameters / 8 / place.axes.shard}, rel=1e-3)
+    assert not place.memory.update
+    assert offer.load.together.lasting["reward.model"] == place.memory.lasting["weights"]
+    axes = offer.places["actor"].axes
+    alike = next(other for other in without.offers if other.places["actor"].axes == axes)
+    assert offer.learning_s == pytest.approx(alike.learning_s + offer.seconds["reward model"])
+    assert "the reward.model lies as reward.model.layout says: shard=" in text(with_one)
+
+
 @pytest.mark.parametrize(
     ("keys", "said"),
     [

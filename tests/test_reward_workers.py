@@ -132,7 +132,7 @@ def test_forked_children_are_reaped_and_die_with_the_worker(own: Path, scorer: C
 def test_no_worker_outlives_a_killed_parent(own: Path) -> None:
     program = f"""
 import sys, time
-from tandem.config.sections import Reward
+from tandem.config.reward import Reward
 from tandem.rewards.answer import Answer
 from tandem.rewards.scorer import Scorer
 scorer = Scorer(Reward(functions=[{{"name": {str(own) + ":behave"!r}}}], workers=2), 100)

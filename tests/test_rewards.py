@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from scoring import answer, group, kinds, number
-from tandem.config.sections import Reward
+from tandem.config.reward import Reward
 from tandem.errors import ConfigError, RunError
 from tandem.rewards.scorer import Scorer, overlong
 from tandem.rewards.watch import FailureWatch
@@ -155,8 +155,8 @@ def test_a_module_that_fails_to_import_is_a_config_error_with_its_line(
 
 
 def test_the_same_name_twice_is_refused() -> None:
-    with pytest.raises(ConfigError, match="may stand once"):
-        Scorer(Reward(functions=[{"name": "format"}, {"name": "format"}]), max_answer_tokens=100)
+    with pytest.raises(ValueError, match="may stand once"):
+        Reward(functions=[{"name": "format"}, {"name": "format"}])
 
 
 def test_on_failure_zero_counts_as_nothing_gained_and_is_still_watched(

@@ -24,6 +24,7 @@ LEVELS = {
     "optimizer": 3,
     "learner": 4,
     "engine": 4,
+    "reward_model": 5,
     "rollout": 5,
     "placement": 6,
     "checkpoint": 6,

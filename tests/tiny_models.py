@@ -1,15 +1,20 @@
-"""Tiny random models of each supported family, their twins with Transformers' own attention, and a scripted one."""
+"""Tiny random models of each supported family and a sequence classifier, their twins with Transformers' own attention,
+and a scripted one."""
 
 import copy
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import (
+    AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -67,6 +72,23 @@ def randomized(made: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 def language_model(family: str = "qwen2_grouped", seed: int = 0) -> LanguageModel:
     return LanguageModel(network(family, seed), new_tokenizer(), family)
+
+
+def classifier(folder: Path) -> Path:
+    """A folder with a sequence classifier of one output, of another shape than the language models."""
+    config = FAMILIES["qwen2_grouped"]().config
+    config.intermediate_size, config.num_labels = 64, 1
+    randomized(Qwen2ForSequenceClassification(config), seed=4).save_pretrained(folder)
+    new_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def row_scores(folder: Path, rows: Sequence[Sequence[int]]) -> list[float]:
+    """What the classifier in a folder says at the last token of each row, alone, with Transformers' own attention."""
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.no_grad():
+        hidden = [theirs.model(torch.tensor([list(row)])).last_hidden_state[:, -1] for row in rows]
+        return [float(theirs.score(last_1H)) for last_1H in hidden]
 
 
 def twin(model: LanguageModel) -> PreTrainedModel:

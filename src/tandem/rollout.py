@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from tandem.config.run import Run
 from tandem.config.sections import Sampling
 from tandem.data.cursor import Cursor
@@ -23,7 +25,8 @@ from tandem.types import Group, Prompt, Rollout, Score
 TRAIN, EVAL = 0, 1
 """Domains of the random keys: training and evaluation never share a draw."""
 SECONDS = ("timing/rollout", "timing/reward", "timing/non_overlap_reward")
-"""What the sampler keeps the time of."""
+JUDGING = ("timing/reward_model", "timing/non_overlap_reward_model")
+"""What the sampler keeps the time of, without a reward model and with one."""
 
 
 class Engine(Protocol):
@@ -41,6 +44,57 @@ class Engine(Protocol):
         ...
 
 
+class RewardModel(Protocol):
+    """Scores answers, a few groups together."""
+
+    def begin(self, unit: Sequence[Group]) -> Callable[[], tuple[Tensor, float]]:
+        """Start on some groups, if that can be done while others are sampled; what is returned waits for the score of
+        each answer, one after the other, and the seconds that these took."""
+        ...
+
+
+class Units:
+    """Collects groups, which come in any order, into units of `size` neighbours; the last of `total` groups may make
+    up a smaller one."""
+
+    def __init__(self, size: int, total: int) -> None:
+        self.size, self.total = size, total
+        self._waiting: dict[int, dict[int, Group]] = {}
+
+    def add(self, place: int, group: Group) -> list[Group]:
+        """The groups of the unit, in order, that this one completes; none where others of it are missing."""
+        unit = place // self.size
+        groups = self._waiting.setdefault(unit, {})
+        groups[place] = group
+        if len(groups) < min(self.size, self.total - unit * self.size):
+            return []
+        return [group for _, group in sorted(self._waiting.pop(unit).items())]
+
+
+class Judging:
+    """The groups of one call of `sample` before the reward model, each unit as soon as its answers are there."""
+
+    def __init__(self, model: RewardModel, units: Units, answers: int) -> None:
+        self._model, self._units, self._answers = model, units, answers
+        self._begun: dict[int, Callable[[], tuple[Tensor, float]]] = {}
+        self.busy_s = 0.0
+        """Once finished: seconds that the model took."""
+
+    def add(self, place: int, group: Group) -> None:
+        if unit := self._units.add(place, group):
+            self._begun[place // self._units.size] = self._model.begin(unit)
+
+    def finish(self) -> dict[int, list[float]]:
+        """The scores of each group's answers, by place."""
+        scores: dict[int, list[float]] = {}
+        for number, result in self._begun.items():
+            score_B, seconds = result()
+            self.busy_s += seconds
+            first = number * self._units.size
+            scores |= dict(enumerate(score_B.view(-1, self._answers).tolist(), first))
+        return scores
+
+
 class Sampler:
     """Answers prompts with the engine and scores them meanwhile; `version` is that of the engine's weights."""
 
@@ -52,8 +106,10 @@ class Sampler:
         run: Run,
         params: SamplingParams,
         stop_tokens: frozenset[int],
+        reward_model: RewardModel | None = None,
     ) -> None:
         self.engine, self.scorer, self.tokenizer, self.run = engine, scorer, tokenizer, run
+        self.reward_model = reward_model
         self.params = params
         self.stop_tokens = stop_tokens
         self.version = 0
@@ -62,7 +118,8 @@ class Sampler:
         self.on_group: Callable[[int, Group], None] = lambda place, group: None
         """Called in the thread that samples with each group of answers to train on as soon as these are complete, in
         whichever order that is and still without scores; `place` is that of its prompt in the call of `sample`."""
-        self._seconds = dict.fromkeys(SECONDS, 0.0)
+        self._timed = SECONDS if reward_model is None else SECONDS + JUDGING
+        self._seconds = dict.fromkeys(self._timed, 0.0)
         self._generated = 0.0
         self._counting = threading.Lock()
 
@@ -89,6 +146,7 @@ class Sampler:
         ]
         rollouts: list[dict[int, Rollout]] = [{} for _ in prompts]
         groups: dict[int, Group] = {}
+        judging = self._judging(len(prompts), answers)
         with self.scorer.scoring() as scoring:
 
             def on_done(index: int, completion: Completion) -> None:
@@ -97,9 +155,11 @@ class Sampler:
                 mine[number] = self._rollout(prompt, completion)
                 if len(mine) == answers:
                     groups[place] = Group(prompt=prompt, rollouts=tuple(mine[i] for i in range(answers)))
+                    scoring.add(place, to_score(groups[place]))
+                    if judging is not None:
+                        judging.add(place, groups[place])
                     if domain == TRAIN:
                         self.on_group(place, groups[place])
-                    scoring.add(place, to_score(groups[place]))
 
             self.engine.generate(
                 requests,
@@ -108,20 +168,36 @@ class Sampler:
                 on_done=on_done,
             )
             generated = time.monotonic()
-            scores = scoring.finish()
+            judged = {} if judging is None else self._judged(judging)
+            waiting = time.monotonic()
+            scores = scoring.finish(judged)
         with self._counting:
             # Where several are sampled side by side, time is counted once.
             self._seconds["timing/rollout"] += max(0.0, generated - max(began, self._generated))
             self._generated = max(generated, self._generated)
             self._seconds["timing/reward"] += scoring.busy_s
-            self._seconds["timing/non_overlap_reward"] += time.monotonic() - generated
+            self._seconds["timing/non_overlap_reward"] += time.monotonic() - waiting
         return [with_scores(groups[place], scores[place]) for place in range(len(prompts))]
 
     def take_seconds(self) -> dict[str, float]:
         """Time spent since the last call, by phase."""
         with self._counting:
-            taken, self._seconds = self._seconds, dict.fromkeys(SECONDS, 0.0)
+            taken, self._seconds = self._seconds, dict.fromkeys(self._timed, 0.0)
         return taken
+
+    def _judging(self, prompts: int, answers: int) -> Judging | None:
+        if self.reward_model is None:
+            return None
+        return Judging(self.reward_model, Units(self.run.unit(prompts, answers), prompts), answers)
+
+    def _judged(self, judging: Judging) -> dict[int, list[float]]:
+        """What the reward model says; the reward functions work meanwhile."""
+        began = time.monotonic()
+        scores = judging.finish()
+        with self._counting:
+            self._seconds["timing/reward_model"] += judging.busy_s
+            self._seconds["timing/non_overlap_reward_model"] += time.monotonic() - began
+        return scores
 
     def _rollout(self, prompt: Prompt, done: Completion) -> Rollout:
         silent = len(prompt.tokens)

@@ -8,7 +8,7 @@ from tandem.errors import ConfigError
 _INTRODUCTION = """\
 # Configuration
 
-Generated from `src/tandem/config/sections.py`; `tandem explain KEY` prints one entry of it.
+Generated from the sections in `src/tandem/config`; `tandem explain KEY` prints one entry of it.
 
 A run is one YAML file. Its layers, from the lowest to the highest:
 

@@ -38,6 +38,7 @@ FREE_ON_RESUME = (
     "learner.sleep",
     "reference.layout",
     "reward.workers",
+    "reward.model.layout",
 )
 """Keys and sections that a resumed run may change: they decide neither a sample nor a gradient."""
 

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from tandem.config.critic import Critic
 from tandem.config.engine import Engine
 from tandem.config.placement import Placement
+from tandem.config.reward import Reward
 from tandem.config.section import Section
 from tandem.config.sections import (
     Algorithm,
@@ -17,7 +18,6 @@ from tandem.config.sections import (
     Learner,
     Model,
     Reference,
-    Reward,
     Sampling,
     Warmup,
 )
@@ -82,16 +82,25 @@ class Run(Section):
 
     @property
     def reference_unit(self) -> int:
-        """Groups whose reference log-probabilities are computed together, in the order of their prompts: as many as
-        fill a forward, and at least an eighth of a step. Fixed, so that it changes nothing when a unit is computed."""
-        s, learner = self.sampling, self.learner
-        longest = s.answers_per_prompt * s.max_answer_tokens
-        full = self.placement.learners * learner.tokens_per_forward // longest
-        return max(1, full, -(-s.prompts_per_step // 8))
+        """Groups of a step whose reference log-probabilities are computed together."""
+        return self.unit(self.sampling.prompts_per_step, self.sampling.answers_per_prompt)
+
+    def unit(self, prompts: int, answers: int) -> int:
+        """Groups that are computed together beside sampling, in the order of their prompts, when so many prompts get
+        so many answers each: as many as fill a forward, and at least an eighth of all. Fixed, so that it changes
+        nothing when a unit is computed."""
+        longest = answers * self.sampling.max_answer_tokens
+        full = self.placement.learners * self.learner.tokens_per_forward // longest
+        return max(1, full, -(-prompts // 8))
 
     @property
     def needs_critic(self) -> bool:
         return self.algorithm.advantage == "gae"
+
+    @property
+    def correct(self) -> str:
+        """The term of the reward that says whether an answer is correct."""
+        return self.eval.correct or self.reward.terms[0].name
 
     @property
     def old_logp(self) -> Literal["none", "recompute", "rollout"]:
@@ -174,9 +183,11 @@ class Run(Section):
             )
         if self.placement.kind != "inline" and self.profile:
             raise ValueError("profile=true traces this process; it needs placement.kind=inline")
-        names = [f.name for f in self.reward.functions]
+        names = [term.name for term in self.reward.terms]
         if self.eval.correct and self.eval.correct not in names:
-            raise ValueError(f"eval.correct={self.eval.correct!r} is not one of reward.functions: {names}")
+            raise ValueError(
+                f"eval.correct={self.eval.correct!r} is not one of reward.functions and reward.model: {names}"
+            )
         if self.model.lora and self.reference.refresh_every:
             raise ValueError(
                 "reference.refresh_every needs full weights: with model.lora the reference is the base"

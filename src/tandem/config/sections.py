@@ -3,7 +3,7 @@
 Sizes are said in these words only: prompts_per_step, answers_per_prompt, updates_per_step, tokens_per_forward.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -155,40 +155,6 @@ class Sampling(Section):
     """Answers that decode at the same time; more wait their turn."""
 
 
-class RewardFunction(Section):
-    """One term of the reward."""
-
-    name: str
-    """A built-in verifier, `package.module:function`, or `path.py:function`."""
-    weight: float = 1.0
-    """Factor in the sum."""
-    args: dict[str, Any] = {}
-    """Keyword arguments for the function."""
-
-
-class Reward(Section):
-    """What scores an answer, and what happens when scoring fails."""
-
-    functions: list[RewardFunction] = Field(min_length=1)
-    """What scores an answer; the reward is the weighted sum."""
-    workers: int = Field(1, gt=0)
-    """Processes that score."""
-    timeout_s: float = Field(10.0, gt=0)
-    """Seconds for one answer; then its process is killed and replaced."""
-    memory_mb: int = Field(2048, gt=0)
-    """Address space of one process."""
-    on_failure: Literal["mask", "zero", "raise"] = "mask"
-    """A failed score is left out of baseline and loss (`mask`), counts as 0, or ends the run."""
-    max_failure_share: float = Field(0.2, ge=0, le=1)
-    """The run stops when more than this share fails, three steps in a row."""
-    overlong_buffer: int = Field(0, ge=0)
-    """DAPO's soft penalty: it grows over the last so many tokens before `max_answer_tokens`. 0 for none."""
-    overlong_penalty: float = Field(1.0, ge=0)
-    """Penalty at the full length."""
-    permute: bool = False
-    """Control experiment: rewards are shuffled across the answers of a step, so that nothing can be learned."""
-
-
 class Kl(Section):
     """The pull towards the reference."""
 
@@ -329,9 +295,9 @@ class Learner(Section):
     optimizer: Optimizer = Optimizer()
     layout: Layout = Layout()
     sleep: bool = False
-    """With placement.kind=colocated: give the device's memory to the engine while it samples. Weights, optimizer state
-    and reference wait in host memory and come back before the update. Where the device is the host they are copied all
-    the same, to no use."""
+    """With placement.kind=colocated: give the device's memory to the engine while it samples. All models and the
+    optimizer state wait in host memory and come back before the update. Where the device is the host they are copied
+    all the same, to no use."""
     max_nonfinite: int = Field(3, gt=0)
     """The run stops after so many updates in a row with a loss or gradient that is not finite."""
 
@@ -364,7 +330,8 @@ class Eval(Section):
     temperature: float = Field(1.0, gt=0)
     """Temperature of those answers. A greedy answer is always taken beside them."""
     correct: str | None = None
-    """The reward function that says whether an answer is correct (score above 0); null for the first one."""
+    """The reward function that says whether an answer is correct (score above 0), or reward.model by its name; null for
+    the first function, or the model where there is none."""
 
 
 class Checkpoint(Section):

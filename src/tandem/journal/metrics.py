@@ -123,14 +123,18 @@ _REWARD = {
     "reward/max": Metric("largest reward", "reward", ""),
     "reward/min": Metric("smallest reward", "reward", ""),
     "reward/parts/<function>": Metric(
-        "mean of one reward function", "its own", "before its weight; `overlong` is the length penalty"
+        "mean of one reward function, or of the reward model's scores",
+        "its own",
+        "before its weight; `overlong` is the length penalty",
     ),
     "reward/failures": Metric(
         "answers whose scoring failed", "answers", "not a low reward: no reward at all"
     ),
     "reward/failures/timeout": Metric("failures: over `reward.timeout_s`", "answers", ""),
     "reward/failures/error": Metric("failures: the function raised", "answers", ""),
-    "reward/failures/invalid": Metric("failures: not a finite number", "answers", ""),
+    "reward/failures/invalid": Metric(
+        "failures: not a finite number", "answers", "of a function or the model"
+    ),
     "reward/failures/died": Metric("failures: the process died twice", "answers", ""),
     "frac_zero_std": Metric(
         "groups whose rewards are all equal / groups",
@@ -270,9 +274,18 @@ _TIME = {
         "what sampling beside training does not hide; in one process all of it. With Ray timing/rollout runs on its "
         "own clock",
     ),
-    "timing/reward": Metric("scoring the answers", "s", "most of it while others are still being sampled"),
+    "timing/reward": Metric("reward functions", "s", "most of it while others are still being sampled"),
     "timing/non_overlap_reward": Metric(
-        "waiting for rewards after the last answer", "s", "what of timing/reward sampling does not hide"
+        "waiting for reward functions after the last answer, and after the reward model",
+        "s",
+        "what of timing/reward sampling does not hide",
+    ),
+    "timing/reward_model": Metric("scores of the reward model", "s", "absent without one"),
+    "timing/non_overlap_reward_model": Metric(
+        "waiting for the reward model after the last answer",
+        "s",
+        "what sampling does not hide: with placement.kind=apart it works on groups as their answers are complete; "
+        "elsewhere all of it",
     ),
     "timing/old_log_p": Metric(
         "log-probabilities before the update", "s", "absent where they are not needed"

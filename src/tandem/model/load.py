@@ -141,14 +141,12 @@ def with_adapter(network: PreTrainedModel, lora: Lora, seed: int, resume: Path |
         raise ConfigError(f"model.lora.targets={lora.targets}: {first_line(cause)}") from cause
 
 
-def describe(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The model's config without its weights, for checks before a long start."""
+def describe(path: str, trust_remote_code: bool = False, key: str = "model.path") -> PreTrainedConfig:
+    """The model's config without its weights, for checks before a long start; `key` names it in errors."""
     try:
-        return AutoConfig.from_pretrained(existing(path), trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(existing(path, key), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as cause:
-        raise ConfigError(
-            f"model.path={path}: its config.json cannot be used: {first_line(cause)}"
-        ) from cause
+        raise ConfigError(f"{key}={path}: its config.json cannot be used: {first_line(cause)}") from cause
 
 
 def first_line(cause: BaseException) -> str:

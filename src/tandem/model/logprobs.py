@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tandem.model.attention import lay
+from tandem.model.attention import Branches, Rows, lay
 from tandem.model.flex import Documents
 from tandem.model.language_model import LanguageModel
 
@@ -72,11 +72,35 @@ def token_values(
     assert not mask_BT[:, 0].any(), "the first token of a row has nothing before it"
     padded = lay(length_B, prompt_length_B, group_B)
     layout = Documents(padded) if attention == "documents" else padded
-    line_N, masked_N = layout.line(tokens_BT), layout.line(mask_BT)
-    (value_M,) = model.at(
-        line_N, layout, layout.previous_N[masked_N], lambda hidden_MH: (model.logits(hidden_MH).squeeze(-1),)
-    )
+    value_M = values_at(model, tokens_BT, layout, layout.previous_N[layout.line(mask_BT)])
     return torch.zeros(tokens_BT.shape, device=tokens_BT.device).masked_scatter(mask_BT, value_M)
+
+
+def row_values(
+    model: LanguageModel,
+    tokens_BT: Tensor,
+    length_B: Tensor,
+    *,
+    prompt_length_B: Tensor | None = None,
+    group_B: Tensor | None = None,
+    attention: str = "padded",
+) -> Tensor:
+    """`value_B`: what a model whose head has one output says at the last token of each row. Arguments as for
+    `token_logprobs`."""
+    padded = lay(length_B, prompt_length_B, group_B)
+    layout = Documents(padded) if attention == "documents" else padded
+    last_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) == (length_B - 1)[:, None]
+    # Answers lie in the line in the order of their rows.
+    return values_at(model, tokens_BT, layout, layout.line(last_BT).nonzero().squeeze(1))
+
+
+def values_at(
+    model: LanguageModel, tokens_BT: Tensor, layout: Rows | Branches | Documents, at_M: Tensor
+) -> Tensor:
+    """`value_M` at places of the line."""
+    line_N = layout.line(tokens_BT)
+    (value_M,) = model.at(line_N, layout, at_M, lambda hidden_MH: (model.logits(hidden_MH).squeeze(-1),))
+    return value_M
 
 
 def slices(total: int, size: int) -> Iterator[slice]:

@@ -1,11 +1,12 @@
-"""Load a model that predicts one value: a critic, on one process or on many."""
+"""Load a model that predicts one value: a critic or a reward model, on one process or on many."""
 
 import copy
 from collections.abc import Collection
+from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedConfig,
@@ -20,8 +21,8 @@ from tandem.model.head import VALUE
 from tandem.model.language_model import LanguageModel
 from tandem.model.load import DTYPES, check_vocabulary, existing, first_line, load_tokenizer
 
-KEY = "critic.path"
-HEAD = f"{VALUE}.weight"
+KEY, REWARD_KEY = "critic.path", "reward.model.path"
+HEAD, BIAS = f"{VALUE}.weight", f"{VALUE}.bias"
 
 
 def load_value(
@@ -30,8 +31,49 @@ def load_value(
     """The model in a folder, which has a head with one output, or none of that kind: its values then begin at 0."""
     source = existing(path, KEY)
     check_vocabulary(tokenizer, load_tokenizer(source, trust, KEY), KEY, path)
-    network = read_network(source, DTYPES[dtype], trust)
+    network = read_network(source, DTYPES[dtype], trust, KEY, optional=frozenset({HEAD}))
     return LanguageModel(network.to(device), tokenizer, source)
+
+
+def load_reward_model(
+    path: str, dtype: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, trust: bool = False
+) -> LanguageModel:
+    """The model in a folder, which has a head with one output; it is only read."""
+    source = check_reward_model(path, tokenizer, trust)
+    network = read_network(source, DTYPES[dtype], trust, REWARD_KEY)
+    return LanguageModel(network.to(device).requires_grad_(False).eval(), tokenizer, source)
+
+
+def check_reward_model(path: str, tokenizer: PreTrainedTokenizerBase, trust: bool = False) -> str:
+    """Where it is read from; ConfigError where it means other texts by its tokens than the policy, or where a folder
+    has no head. No weight is read."""
+    source = existing(path, REWARD_KEY)
+    check_vocabulary(tokenizer, load_tokenizer(source, trust, REWARD_KEY), REWARD_KEY, path)
+    if Path(source).is_dir():
+        check_head(Path(source))
+    return source
+
+
+def check_head(folder: Path) -> None:
+    """ConfigError where the weights of a folder are not those of a sequence classifier with one output."""
+    found: dict[str, list[int]] = {}
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                names = {HEAD, BIAS}.intersection(weights.keys())
+                found |= {name: weights.get_slice(name).get_shape() for name in names}
+        except SafetensorError as cause:
+            raise ConfigError(
+                f"{REWARD_KEY}={folder}: {file.name} is damaged: {first_line(cause)}"
+            ) from cause
+    if not files:
+        raise unfit(REWARD_KEY, str(folder), "has no safetensors")
+    if HEAD not in found:
+        raise unfit(REWARD_KEY, str(folder), f"has no head ({HEAD})")
+    if found[HEAD][0] != 1:
+        raise unfit(REWARD_KEY, str(folder), f"has a head ({HEAD}) with {found[HEAD][0]} outputs")
+    check_bias(REWARD_KEY, str(folder), found)
 
 
 def value_like(policy: LanguageModel) -> LanguageModel:
@@ -44,7 +86,9 @@ def value_like(policy: LanguageModel) -> LanguageModel:
     return model
 
 
-def empty_value(config: PreTrainedConfig, dtype: torch.dtype, trust: bool = False) -> PreTrainedModel:
+def empty_value(
+    config: PreTrainedConfig, dtype: torch.dtype, trust: bool = False, key: str = KEY
+) -> PreTrainedModel:
     """The architecture that goes with a config; its weights have shapes but no storage, its buffers are real."""
     config = copy.deepcopy(config)
     config.num_labels = 1
@@ -54,23 +98,26 @@ def empty_value(config: PreTrainedConfig, dtype: torch.dtype, trust: bool = Fals
                 config, dtype=dtype, attn_implementation=NAME, trust_remote_code=trust
             )
     except ValueError as cause:
-        raise ConfigError(f"{KEY}: no critic can be made of this model: {first_line(cause)}") from cause
+        raise ConfigError(
+            f"{key}: no model of values can be made of this one: {first_line(cause)}"
+        ) from cause
 
 
-def check_head(source: str, names: Collection[str]) -> None:
+def check_bias(key: str, source: str, names: Collection[str]) -> None:
     """ConfigError where a folder has weights of these names and would not be read whole."""
-    if f"{VALUE}.bias" in names:
-        raise unfit(source, "has a head with a bias")
+    if BIAS in names:
+        raise unfit(key, source, f"has a head with a bias ({BIAS})")
 
 
-def unfit(source: str, what: str) -> ConfigError:
-    return ConfigError(
-        f"{KEY}={source} {what}; give a sequence classifier with one output, or a language model"
-    )
+def unfit(key: str, source: str, what: str) -> ConfigError:
+    or_else = ", or a language model" if key == KEY else ""
+    return ConfigError(f"{key}={source} {what}; give a sequence classifier with one output{or_else}")
 
 
-def read_network(source: str, dtype: torch.dtype, trust: bool) -> PreTrainedModel:
-    """Weights from safetensors only; every tensor but the head must be there."""
+def read_network(
+    source: str, dtype: torch.dtype, trust: bool, key: str, optional: frozenset[str] = frozenset()
+) -> PreTrainedModel:
+    """Weights from safetensors only; every tensor that is not optional must be there, and a head that is not is 0."""
     said = logging.get_verbosity()
     logging.set_verbosity_error()  # It tells of a missing head at length.
     try:
@@ -85,14 +132,14 @@ def read_network(source: str, dtype: torch.dtype, trust: bool) -> PreTrainedMode
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as cause:
         raise ConfigError(
-            f"{KEY}={source} cannot be loaded as a model of values: {first_line(cause)}"
+            f"{key}={source} cannot be loaded as a model of values: {first_line(cause)}"
         ) from cause
     finally:
         logging.set_verbosity(said)
-    missing = sorted(set(report["missing_keys"]) - {HEAD})
+    missing = sorted(set(report["missing_keys"]) - optional)
     if missing:
-        raise unfit(source, f"lacks {len(missing)} weights: {', '.join(missing[:5])}")
-    check_head(source, report["unexpected_keys"])
+        raise unfit(key, source, f"lacks {len(missing)} weights: {', '.join(missing[:5])}")
+    check_bias(key, source, report["unexpected_keys"])
     if HEAD in report["missing_keys"]:
         torch.nn.init.zeros_(network.score.weight)
     return network

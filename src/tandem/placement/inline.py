@@ -21,8 +21,9 @@ from tandem.learner import Actor, Critic, Reference
 from tandem.model import LanguageModel, load_frozen
 from tandem.model.compiled import compile_blocks
 from tandem.model.load import check_vocabulary
-from tandem.model.value import load_value, value_like
+from tandem.model.value import load_reward_model, load_value, value_like
 from tandem.placement.copied import CopiedEngine, vllm_beside
+from tandem.reward_model import RewardModel
 from tandem.rewards.scorer import Scorer
 from tandem.rewards.watch import FailureWatch
 from tandem.rollout import Sampler, Stream
@@ -90,7 +91,8 @@ def build(
     params = sampling_params(run, prompts.template)
     copied = vllm_beside(run, model, params) if run.engine.kind == "vllm" else None
     engine = copied or EmbeddedEngine(model, run.sampling.slots, run.learner.tokens_per_forward)
-    sampler = Sampler(engine, scorer, model.tokenizer, run, params, model.stop_tokens | params.stop_tokens)
+    ends, judge = model.stop_tokens | params.stop_tokens, reward_model_of(run, model)
+    sampler = Sampler(engine, scorer, model.tokenizer, run, params, ends, judge)
     kl = run.algorithm.kl
     return Roles(
         actor=Actor(model, run),
@@ -165,6 +167,16 @@ def critic_of(run: Run, policy: LanguageModel) -> Critic:
     if run.learner.compile:
         compile_blocks(model)
     return Critic(model, run)
+
+
+def reward_model_of(run: Run, policy: LanguageModel) -> RewardModel | None:
+    """The model that scores answers, where the run has one."""
+    config = run.reward.model
+    if config is None:
+        return None
+    trust = run.model.trust_remote_code
+    model = load_reward_model(config.path, run.model.dtype, policy.tokenizer, policy.device, trust)
+    return RewardModel(model, run)
 
 
 def state(roles: Roles) -> Mapping[str, Any]:

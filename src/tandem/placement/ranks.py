@@ -12,7 +12,8 @@ from tandem.model import tokenizer_of
 from tandem.model.parallel.grid import Grid, connect
 from tandem.model.parallel.load import load_frozen_sharded, load_sharded
 from tandem.model.parallel.model import ShardedModel
-from tandem.model.parallel.value import value_sharded
+from tandem.model.parallel.value import reward_model_sharded, value_sharded
+from tandem.reward_model import RewardModel
 
 
 def build_actor(
@@ -62,3 +63,11 @@ def build_critic(run: Run, layout: Layout, actor: Actor) -> Critic:
     grid = Grid(layout, policy.device, "critic.layout")
     model = value_sharded(policy, grid, run.critic.path, run.model.trust_remote_code)
     return Critic(model, run, offload_gradients=layout.offload_gradients)
+
+
+def build_reward_model(run: Run, layout: Layout, actor: Actor) -> RewardModel:
+    """The reward model on the actor's processes, in a layout of its own: the weights of `reward.model.path`."""
+    policy, config = actor.model, run.reward.model
+    assert isinstance(policy, ShardedModel) and config is not None
+    grid = Grid(layout, policy.device, "reward.model.layout")
+    return RewardModel(reward_model_sharded(policy, grid, config.path, run.model.trust_remote_code), run)

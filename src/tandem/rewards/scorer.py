@@ -1,4 +1,4 @@
-"""Answers in, scores out: the functions of `reward.functions`, run in workers, and their weighted sum."""
+"""Answers in, scores out: the functions of `reward.functions`, run in workers, and the weighted sum of the reward."""
 
 import itertools
 import json
@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any
 
-from tandem.config.sections import Reward
-from tandem.errors import ConfigError, RunError
+from tandem.config.reward import OVERLONG, Reward
+from tandem.errors import RunError
 from tandem.rewards.answer import Answer
 from tandem.rewards.channel import HEADER
 from tandem.rewards.function import locate
@@ -18,7 +18,6 @@ from tandem.rewards.pool import Pool
 from tandem.rewards.process import Task
 from tandem.types import Score
 
-OVERLONG = "overlong"
 ASYNC_GRACE_S = 1.0
 """An async function is stopped at the deadline by its event loop; one that blocks is killed so much later."""
 
@@ -60,12 +59,7 @@ class Scorer:
     def __init__(self, config: Reward, max_answer_tokens: int) -> None:
         self._config = config
         self._max_answer_tokens = max_answer_tokens
-        self._weights = {f.name: f.weight for f in config.functions}
-        if len(self._weights) != len(config.functions) or OVERLONG in self._weights:
-            names = [f.name for f in config.functions]
-            raise ConfigError(
-                f"reward.functions: each name may stand once, and none be {OVERLONG!r}: {names}"
-            )
+        self._weights = {term.name: term.weight for term in config.terms}
         functions = [
             {"name": f.name, "located": locate(f.name, f.args), "args": f.args} for f in config.functions
         ]
@@ -80,11 +74,11 @@ class Scorer:
         self._pool.kinds()
 
     def score(self, groups: Sequence[Sequence[Answer]]) -> list[list[Score]]:
-        """A score for each answer, in the same places."""
+        """A score for each answer, in the same places, of a configuration without a model."""
         with self.scoring() as scoring:
             for place, group in enumerate(groups):
                 scoring.add(place, group)
-            scores = scoring.finish()
+            scores = scoring.finish({})
         return [scores[place] for place in range(len(groups))]
 
     def scoring(self) -> "Scoring":
@@ -93,9 +87,13 @@ class Scorer:
         return Scoring(self, self._pool, self._thread)
 
     def scores(
-        self, groups: Mapping[int, Sequence[Answer]], tasks: Sequence[tuple[Task, list[Place]]]
+        self,
+        groups: Mapping[int, Sequence[Answer]],
+        tasks: Sequence[tuple[Task, list[Place]]],
+        judged: Mapping[int, Sequence[float]],
     ) -> dict[int, list[Score]]:
-        """What the outcomes of the tasks mean for the answers of the groups, which are named by their places."""
+        """What the outcomes of the tasks, and what the reward model said, mean for the answers of the groups, which
+        are named by their places."""
         parts: dict[Place, dict[str, float]] = {}
         failures: dict[Place, tuple[str, str]] = {}
         for task, places in tasks:
@@ -105,6 +103,16 @@ class Scorer:
                     failures.setdefault(place, (outcome["failure"], outcome["detail"]))
                 else:
                     parts.setdefault(place, {}).update(outcome["parts"])
+        for place, value in (
+            ((g, i), value) for g, values in judged.items() for i, value in enumerate(values)
+        ):
+            model = self._config.model
+            assert model is not None
+            if math.isfinite(value):
+                parts.setdefault(place, {})[model.name] = value
+            else:
+                detail = f"{model.name}: the score is {value}; reward.model.path={model.path}"
+                failures.setdefault(place, ("invalid", detail))
         return {
             g: [
                 self._score(answer, parts.get((g, i), {}), failures.get((g, i)))
@@ -186,7 +194,7 @@ class Dropped(Exception):
 class Scoring:
     """Groups that are scored from the moment they come, while their giver does other work.
 
-    Example: `with scorer.scoring() as scoring: scoring.add(0, answers); scores = scoring.finish()`. Who leaves it
+    Example: `with scorer.scoring() as scoring: scoring.add(0, answers); scores = scoring.finish({})`. Who leaves it
     before `finish` drops what has no score yet.
     """
 
@@ -208,11 +216,12 @@ class Scoring:
         self._arrived.append(place)
         self._pool.ring()
 
-    def finish(self) -> dict[int, list[Score]]:
-        """The scores by place; waits for those that are missing."""
+    def finish(self, judged: Mapping[int, Sequence[float]]) -> dict[int, list[Score]]:
+        """The scores by place; waits for those that are missing. `judged` is what the reward model, where the
+        configuration has one, says of each answer of a place."""
         self._end(dropped=False)
         self.busy_s = self._work.result()
-        return self._scorer.scores(self._groups, self._tasks)
+        return self._scorer.scores(self._groups, self._tasks, judged)
 
     def _more(self) -> list[Task] | None:
         """In the thread that scores."""

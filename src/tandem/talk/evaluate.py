@@ -16,7 +16,7 @@ from tandem.engine import EmbeddedEngine
 from tandem.errors import ConfigError, RunError
 from tandem.journal import sample_answers
 from tandem.model import LanguageModel
-from tandem.placement.inline import sampling_params
+from tandem.placement.inline import reward_model_of, sampling_params
 from tandem.rewards.scorer import Scorer
 from tandem.rollout import Sampler
 from tandem.talk.place import Place
@@ -92,7 +92,8 @@ def measure(run: Run, model: LanguageModel, given: str) -> Result:
         engine = EmbeddedEngine(model, run.sampling.slots, run.learner.tokens_per_forward)
         params = sampling_params(run, prompts.template)
         ends = model.stop_tokens | params.stop_tokens
-        sampler = Sampler(engine, scorer, model.tokenizer, run, params, ends)
+        judge = reward_model_of(run, model)
+        sampler = Sampler(engine, scorer, model.tokenizer, run, params, ends, judge)
         evaluation = evaluate(run, sampler, prompts.prompts)
     settings = {
         "model": given,
@@ -102,7 +103,7 @@ def measure(run: Run, model: LanguageModel, given: str) -> Result:
         "answers": run.eval.answers,
         "temperature": run.eval.temperature,
         "max_answer_tokens": run.sampling.max_answer_tokens,
-        "correct": run.eval.correct or run.reward.functions[0].name,
+        "correct": run.correct,
         "seed": run.seed,
         "dtype": run.model.dtype,
         "tandem": tandem.__version__,

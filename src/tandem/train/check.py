@@ -31,6 +31,7 @@ from tandem.train.finding import Finding, Line
 from tandem.train.folder_bytes import folder_bytes
 from tandem.train.footprint import Memory, Shape, readable
 from tandem.train.layouts import check_layouts, critic_axes, holds_reference, layouts_of
+from tandem.train.reward_model import look_at_reward_model, reward_model_axes, with_reward_model
 
 SAMPLE = 256
 """Prompts whose round trip is checked, spread over the data."""
@@ -124,6 +125,8 @@ def look_at_layout(bench: Bench) -> list[Line]:
         said += f"; reference.layout: {other}"
     if run.needs_critic:
         said += f"; critic.layout: {critic_axes(run)}"
+    if run.reward.model is not None:
+        said += f"; reward.model.layout: {reward_model_axes(run)}"
     return [("ok", f"{said}; they fit the model by its config, no learner was started and no weight loaded")]
 
 
@@ -168,12 +171,16 @@ def look_at_template(bench: Bench) -> list[Line]:
 
 
 def look_at_reward(bench: Bench) -> list[Line]:
-    """Failures are masked here whatever the run does with them, so that they can be counted."""
+    """The functions are tried. Failures are masked here whatever the run does with them, so that they can be
+    counted."""
     run, prompts = bench.run, train_data(bench).prompts
-    counted = run.reward.model_copy(update={"on_failure": "mask"})
+    lines = look_at_reward_model(run, tokenizer(bench), bench.longest_prompt())
+    if not run.reward.functions:
+        return lines
+    counted = run.reward.model_copy(update={"on_failure": "mask", "model": None})
     with Scorer(counted, run.sampling.max_answer_tokens) as scorer:
         scorer.ready()
-        return trial.verdict(run, trial.try_rewards(run, scorer, prompts, tokenizer(bench)))
+        return lines + trial.verdict(run, trial.try_rewards(run, scorer, prompts, tokenizer(bench)))
 
 
 def look_at_lengths(bench: Bench) -> list[Line]:
@@ -207,7 +214,7 @@ def look_at_memory(bench: Bench) -> list[Line]:
         raise NotChecked("device")
     reference = reference_shape(bench)
     try:
-        axes, critics = layouts_of(run), critic_axes(run)
+        axes, critics, judges = layouts_of(run), critic_axes(run), reward_model_axes(run)
     except ConfigError:
         raise NotChecked("layout") from None
     need = footprint.memory(run, shape(bench), bench.longest_prompt(), reference, *axes)
@@ -215,6 +222,7 @@ def look_at_memory(bench: Bench) -> list[Line]:
     if run.needs_critic:
         critic = critic_shape(run, shape(bench), tokenizer(bench))
         need = with_critic(need, run, critic, bench.longest_prompt(), critics)
+    need = with_reward_model(need, run, judges)
     free = on_host if on_device is None else on_device
     offloaded = sum(need.host.values())
     if on_device is None:

@@ -17,6 +17,11 @@ def critic_shape(run: Run, policy: Shape, tokenizer: PreTrainedTokenizerFast | N
     shape = policy
     if run.critic.path is not None or run.model.lora is not None:
         shape = footprint.shape_of(plain, tokenizer, run.critic.path)
+    return with_one_output(shape)
+
+
+def with_one_output(shape: Shape) -> Shape:
+    """The sizes of a language model with one output in place of the head; all of it is trained."""
     parameters = shape.parameters - (0 if shape.tied else shape.head) + shape.hidden
     return replace(
         shape,

@@ -29,13 +29,12 @@ def evaluate(run: Run, sampler: Sampler, prompts: Sequence[Prompt]) -> Evaluatio
     )
     sampled = sampler.sample(prompts, serials, answers=run.eval.answers, params=params, domain=EVAL)
     greedy = sampler.sample(prompts, serials, answers=1, params=replace(params, temperature=0.0), domain=EVAL)
-    name = run.eval.correct or run.reward.functions[0].name
     rollouts = [r for g in sampled for r in g.rollouts]
     rewards = [reward for g in sampled for reward in g.rewards]
     return Evaluation(
         figures={
-            "eval/accuracy": accuracy(sampled, name),
-            "eval/greedy_accuracy": accuracy(greedy, name),
+            "eval/accuracy": accuracy(sampled, run.correct),
+            "eval/greedy_accuracy": accuracy(greedy, run.correct),
             "eval/reward": mean(rewards),
             "eval/response_length": mean([r.answer_length for r in rollouts]),
             "eval/truncated_share": mean([r.finish == "length" for r in rollouts]),
@@ -44,10 +43,10 @@ def evaluate(run: Run, sampler: Sampler, prompts: Sequence[Prompt]) -> Evaluatio
     )
 
 
-def accuracy(groups: Sequence[Group], function: str) -> float:
-    """Share of answers that the function scores above 0; answers whose scoring failed are left out."""
+def accuracy(groups: Sequence[Group], term: str) -> float:
+    """Share of answers that this term of the reward is above 0 for; answers whose scoring failed are left out."""
     marks = [
-        r.score.parts.get(function) for g in groups for r in g.rollouts if r.score and r.score.failure is None
+        r.score.parts.get(term) for g in groups for r in g.rollouts if r.score and r.score.failure is None
     ]
     return mean([mark is not None and mark > 0 for mark in marks])
 

@@ -3,14 +3,17 @@
 from transformers import PreTrainedTokenizerFast
 
 from tandem.config.run import Run
+from tandem.model import describe
 from tandem.model.parallel.fit import check_adapter, check_fit
+from tandem.model.value import REWARD_KEY
 from tandem.train.footprint import config_of
 from tandem.train.plan.axes import ALONE, Axes
 
 
 def check_layouts(run: Run, tokenizer: PreTrainedTokenizerFast | None) -> None:
-    """ConfigError where `learner.layout`, or that of a reference with weights of its own or of a critic, cannot be on
-    the run's learners. On one process there is nothing to lay out. Only `model.new` needs the tokenizer."""
+    """ConfigError where `learner.layout`, or that of a reference with weights of its own, of a critic or of a reward
+    model, cannot be on the run's learners. On one process there is nothing to lay out. Only `model.new` needs the
+    tokenizer."""
     learners = run.placement.learners
     if learners == 1:
         return
@@ -22,6 +25,9 @@ def check_layouts(run: Run, tokenizer: PreTrainedTokenizerFast | None) -> None:
     if run.needs_critic:
         config = config_of(run.model, tokenizer, run.critic.path)
         check_fit(run.critic.layout, config, learners, "critic.layout")
+    if (judge := run.reward.model) is not None:
+        config = describe(judge.path, run.model.trust_remote_code, REWARD_KEY).get_text_config()
+        check_fit(judge.layout, config, learners, "reward.model.layout")
 
 
 def layouts_of(run: Run) -> tuple[Axes, Axes]:

@@ -1,4 +1,4 @@
-"""A model that predicts one value, on many processes."""
+"""Models that predict one value, on many processes."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from tandem.model.load import check_vocabulary, describe, existing, load_tokeniz
 from tandem.model.parallel.grid import Grid
 from tandem.model.parallel.load import downloaded, kind_of, read_weights, tensors_in
 from tandem.model.parallel.model import ShardedModel
-from tandem.model.value import HEAD, KEY, check_head, empty_value
+from tandem.model.value import HEAD, KEY, REWARD_KEY, check_bias, check_reward_model, empty_value
 
 
 def value_sharded(
@@ -29,6 +29,19 @@ def value_sharded(
         model.take_over(policy)
     else:
         folder = Path(downloaded(source))
-        check_head(source, tensors_in(folder))
+        check_bias(KEY, source, tensors_in(folder))
         read_weights(model, folder, optional=frozenset({HEAD}))
+    return model
+
+
+def reward_model_sharded(
+    policy: ShardedModel, grid: Grid, path: str, trust_remote_code: bool = False
+) -> ShardedModel:
+    """The reward model of a folder, on the processes of a grid; it is only read. Collective."""
+    source = check_reward_model(path, policy.tokenizer, trust_remote_code)
+    config = describe(source, trust_remote_code, REWARD_KEY)
+    network = empty_value(config, policy.network.dtype, trust_remote_code, REWARD_KEY)
+    frozen = network.requires_grad_(False).eval()
+    model = kind_of(grid)(frozen, policy.tokenizer, source, grid, "reward.model.layout")
+    read_weights(model, Path(downloaded(source)))
     return model

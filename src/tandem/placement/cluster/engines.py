@@ -28,6 +28,8 @@ ROOM_S = 5.0
 """An engine that is still being placed after so long may have no node that takes it."""
 LOOK_S = 0.2
 """Longest wait before signals and restarts are looked after again."""
+ASLEEP = -1
+"""In the place of the version of an engine that sleeps."""
 NEWS_S = 0.25
 """Seconds between two questions to an engine for how far it is."""
 
@@ -117,6 +119,8 @@ class Engines:
         """One completion per request, in order; `on_done(index, completion)` sees each within a second. While one
         thread waits for its answers others may ask too: what was asked for first is begun first."""
         self._turn()
+        if any(seat.version == ASLEEP for seat in self.seats):
+            self.settle()
         self._awake = True
         job = Job(list(requests), params, on_done)
         job.waiting.extend(shares(requests, max(1, sum(map(self._ready, self.seats)))))
@@ -150,13 +154,15 @@ class Engines:
                     self._look_after(seat, seat.work)
 
     def sleep(self) -> None:
-        """Give the devices' memory away until the next version of the weights."""
+        """Give the devices' memory away, and with it the weights, until these are sent again or others come."""
         if not self._awake:
             return
         self._awake = False
         calls = [(s, s.worker.call("sleep")) for s in self.seats if s.worker and not s.taking and not s.work]
         for seat, call in calls:
             self._result(seat, call)
+            if seat.worker is not None:
+                seat.version = ASLEEP
 
     def end(self) -> None:
         """Give the devices' memory away for good, when nobody is to ask for answers any more."""

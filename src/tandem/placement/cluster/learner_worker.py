@@ -1,4 +1,4 @@
-"""One of the processes that train: actor, reference, and the sending end of the weights' road."""
+"""One of the processes that train: all roles but the engine, and the sending end of the weights' road."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +25,8 @@ from tandem.placement.cluster.broadcast import Sender
 from tandem.placement.cluster.objects import ObjectsRoad
 from tandem.placement.cluster.parcel import Parcel
 from tandem.placement.cluster.process import Process
-from tandem.placement.inline import critic_of, reference_of
+from tandem.placement.inline import critic_of, reference_of, reward_model_of
+from tandem.reward_model import RewardModel
 from tandem.types import Batch, Experience
 
 
@@ -63,6 +64,7 @@ class LearnerWorker(Process):
         self.rank, self.world = rank, run.placement.learners
         self.reference: Reference | None = None
         self.critic: Critic | None = None
+        self.reward_model: RewardModel | None = None
 
     def build(
         self, address: str, weights: str | None, reference: str | None, root: str | None
@@ -78,12 +80,15 @@ class LearnerWorker(Process):
             self.actor = Actor(model, run)
             self.reference = reference_of(run, model, folder) if run.needs_reference else None
             self.critic = critic_of(run, model) if run.needs_critic else None
+            self.reward_model = reward_model_of(run, model)
         else:
             self.actor = ranks.build_actor(run, run.learner.layout, self.rank, self.world, address, start)
             if run.needs_reference:
                 self.reference = ranks.build_reference(run, run.reference.layout, self.actor, folder)
             if run.needs_critic:
                 self.critic = ranks.build_critic(run, run.critic.layout, self.actor)
+            if (judge := run.reward.model) is not None:
+                self.reward_model = ranks.build_reward_model(run, judge.layout, self.actor)
         self.dtype = DTYPES[run.engine.dtype or run.model.dtype]
         self.weights = self._weights()
         self.road = self._sending_end(root)
@@ -100,6 +105,11 @@ class LearnerWorker(Process):
         began = time.monotonic()
         logp_BT = self.reference.logprobs(batch)
         return self._first((logp_BT, time.monotonic() - began))
+
+    def reward_scores(self, batch: Batch) -> tuple[Tensor, float] | None:
+        """And the seconds that they took."""
+        assert self.reward_model is not None
+        return self._first(self.reward_model.timed_scores(batch))
 
     def update(self, parts: Sequence[Experience], kl_coef: float) -> tuple[Any, Any] | None:
         """The figures of the update, and the actor's counters after it."""
@@ -141,8 +151,8 @@ class LearnerWorker(Process):
 
     def sleep(self) -> int:
         """Give the device's memory to the engine beside it; returns the bytes that wait in host memory."""
-        roles = [role for role in (self.actor, self.reference, self.critic) if role is not None]
-        tensors = [tensor for role in roles for tensor in role.tensors]
+        roles = (self.actor, self.reference, self.critic, self.reward_model)
+        tensors = [tensor for role in roles if role is not None for tensor in role.tensors]
         self._asleep = Asleep(tensors, self.actor.model.device)
         return self._asleep.nbytes
 

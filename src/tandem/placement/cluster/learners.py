@@ -1,8 +1,9 @@
-"""Actor, reference and critic as the loop sees them, while the work is done by the learners."""
+"""Actor, reference, critic and reward model as others see them, while the work is done by the learners."""
 
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +15,20 @@ from tandem.learner import Critic, units
 from tandem.placement.cluster import port
 from tandem.placement.cluster.learner_worker import Facts
 from tandem.placement.cluster.lost import WorkerLost
+from tandem.rollout import Units
 from tandem.types import Batch, Experience, Group, collate, take
 
 ROOT_CAUSE_S = 3.0
 """When one learner fails the others lose their connection to it; so long the one that began it is looked for."""
+
+
+@dataclass(slots=True)
+class Begun:
+    """A method under way on every rank."""
+
+    calls: list[port.Call]
+    before: "Begun | None"
+    """What was begun before it, and is done before it; none where that is known to be done."""
 
 
 class Learners:
@@ -28,6 +39,7 @@ class Learners:
         self.workers, self.run, self._turn = workers, run, turn
         self._asleep = False
         self._asking = threading.Lock()
+        self._last: Begun | None = None
         self.turn_s = 0.0
         """Spent on taking turns with engines, for `take_turn_s`."""
 
@@ -39,27 +51,41 @@ class Learners:
 
     def compute(self, method: str, *arguments: Any) -> Any:
         """As `call`, for what takes the devices' memory."""
+        self.take_devices(self._turn)
+        return self.call(method, *arguments)
+
+    def take_devices(self, turn: Callable[[], None]) -> None:
+        """`turn` puts engines that share them to sleep; then the learners wake."""
         began = time.monotonic()
-        self._turn()
+        turn()
         self._wake()
         self.turn_s += time.monotonic() - began
-        return self.call(method, *arguments)
 
     def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
         """The same call on every rank; the value of rank 0."""
         return self.finish(self.begin(method, *arguments), timeout_s)
 
-    def begin(self, method: str, *arguments: Any) -> list[port.Call]:
+    def begin(self, method: str, *arguments: Any) -> Begun:
         """Start the same call on every rank; what several threads ask for reaches all in the same order."""
         self._wake()
         if len(self.workers) > 1:
             arguments = tuple(port.share(argument) for argument in arguments)
         with self._asking:
-            return [worker.call(method, *arguments) for worker in self.workers]
+            calls = [worker.call(method, *arguments) for worker in self.workers]
+            self._last = begun = Begun(calls, self._last)
+        return begun
 
-    def finish(self, calls: list[port.Call], timeout_s: float | None = None) -> Any:
-        """The value of rank 0, when all are done."""
-        return self._results(calls, timeout_s or self.run.placement.learner_timeout_s)[0]
+    def finish(self, begun: Begun, timeout_s: float | None = None) -> Any:
+        """The value of rank 0, when all are done. Each method has its time from the end of the one before, whichever
+        thread asked for it."""
+        limit = timeout_s or self.run.placement.learner_timeout_s
+        queue = [begun]
+        while (before := queue[-1].before) is not None:
+            queue.append(before)
+        for earlier in reversed(queue[1:]):
+            self._wait(earlier.calls, limit)
+        begun.before = None
+        return self._results(begun.calls, limit)[0]
 
     def take_turn_s(self) -> float:
         """Seconds since the last call in which engines went to sleep and learners woke."""
@@ -71,18 +97,27 @@ class Learners:
             self._asleep = False
             self.call("wake")
 
+    def _wait(self, calls: list[port.Call], timeout_s: float) -> None:
+        """Until all are done, whatever came of them."""
+        deadline = time.monotonic() + timeout_s
+        while waiting := [call for call in calls if not call.done()]:
+            self._first_done(waiting, timeout_s, deadline)
+
+    def _first_done(self, waiting: list[port.Call], timeout_s: float, deadline: float) -> list[port.Call]:
+        done = port.first_done(waiting, max(0.0, deadline - time.monotonic()))
+        if not done:
+            raise RunError(
+                f"{waiting[0].worker} did not finish `{waiting[0].method}` within {timeout_s:g} s; its log: "
+                f"{waiting[0].worker.log}"
+            )
+        return done
+
     def _results(self, calls: list[port.Call], timeout_s: float) -> list[Any]:
         deadline = time.monotonic() + timeout_s
         values: dict[port.Call, Any] = {}
         while len(values) < len(calls):
             waiting = [call for call in calls if call not in values]
-            done = port.first_done(waiting, max(0.0, deadline - time.monotonic()))
-            if not done:
-                raise RunError(
-                    f"{waiting[0].worker} did not finish `{waiting[0].method}` within {timeout_s:g} s; its log: "
-                    f"{waiting[0].worker.log}"
-                )
-            for call in done:
+            for call in self._first_done(waiting, timeout_s, deadline):
                 try:
                     values[call] = call.result(0)
                 except RunError as error:
@@ -173,7 +208,7 @@ class RemoteReference:
 
     def __init__(self, learners: Learners) -> None:
         self.learners, self.run = learners, learners.run
-        self._begun: dict[bytes, list[port.Call]] = {}
+        self._begun: dict[bytes, Begun] = {}
         self._seconds = 0.0
 
     def begin(self, unit: Batch) -> None:
@@ -186,8 +221,8 @@ class RemoteReference:
         logp_BT = torch.zeros(batch.tokens_BT.shape)
         for rows in units(batch, self.run.reference_unit):
             unit = take(batch, rows)
-            calls = self._begun.pop(content(unit), None) or self.learners.begin("reference_logprobs", unit)
-            unit_BT = self._timed(self.learners.finish(calls))
+            begun = self._begun.pop(content(unit), None) or self.learners.begin("reference_logprobs", unit)
+            unit_BT = self._timed(self.learners.finish(begun))
             logp_BT[rows, : unit_BT.shape[1]] = unit_BT
         self._begun.clear()
         return logp_BT
@@ -206,13 +241,34 @@ class RemoteReference:
         self.learners.call("refresh")
 
 
+class RemoteRewardModel:
+    """What scores answers. Used by the thread that samples: beside engines with devices of their own it works on groups
+    while others are still answered, and between two updates; others give it their devices first, by `turn`."""
+
+    def __init__(self, learners: Learners, turn: Callable[[], None] | None) -> None:
+        self.learners, self._turn = learners, turn
+
+    def begin(self, unit: Sequence[Group]) -> Callable[[], tuple[Tensor, float]]:
+        """As `reward_model.RewardModel.begin`."""
+        batch, turn = collate(unit), self._turn
+        if turn is None:
+            begun = self.learners.begin("reward_scores", batch)
+            return lambda: self.learners.finish(begun)
+
+        def scores() -> tuple[Tensor, float]:
+            self.learners.take_devices(turn)
+            return self.learners.call("reward_scores", batch)
+
+        return scores
+
+
 class Meanwhile:
     """Starts the reference on each unit of a step as soon as the answers of its groups are there, while learners have
     nothing else to do. Called as `Sampler.on_group`."""
 
     def __init__(self, reference: RemoteReference) -> None:
         self.reference, self.run = reference, reference.run
-        self._waiting: dict[int, dict[int, Group]] = {}
+        self._units = Units(self.run.reference_unit, self.run.sampling.prompts_per_step)
 
     @staticmethod
     def helps(run: Run) -> bool:
@@ -221,13 +277,8 @@ class Meanwhile:
         return run.placement.kind == "apart" and run.sampling.max_lag == 0 and run.algorithm.keep == "all"
 
     def __call__(self, place: int, group: Group) -> None:
-        size = self.run.reference_unit
-        unit = place // size
-        groups = self._waiting.setdefault(unit, {})
-        groups[place] = group
-        if len(groups) == min(size, self.run.sampling.prompts_per_step - unit * size):
-            self.reference.begin(collate([groups[i] for i in sorted(groups)]))
-            del self._waiting[unit]
+        if unit := self._units.add(place, group):
+            self.reference.begin(collate(unit))
 
 
 def content(batch: Batch) -> bytes:

@@ -17,6 +17,7 @@ from tandem.placement.cluster.learners import (
     RemoteActor,
     RemoteCritic,
     RemoteReference,
+    RemoteRewardModel,
 )
 from tandem.placement.cluster.port import Cluster, Worker
 from tandem.rollout import Sampler
@@ -70,8 +71,10 @@ class Placed:
         return self.learners.call("build", address, *folders, root, timeout_s=timeout_s)
 
     def close_learners(self) -> None:
-        """Remove the weights that lie on the road; a learner that is gone cannot."""
+        """Remove the weights that lie on the road, which a learner that is gone cannot. Then nobody waits for one."""
         self.learners.workers[0].call("close").settle(5.0)
+        for worker in self.learners.workers:
+            worker.kill()
 
     def actor(self, facts: Facts) -> RemoteActor:
         return RemoteActor(self.learners, facts)
@@ -85,6 +88,9 @@ class Placed:
 
     def critic(self) -> RemoteCritic:
         return RemoteCritic(self.learners)
+
+    def reward_model(self) -> RemoteRewardModel:
+        return RemoteRewardModel(self.learners, self.engines.sleep if self.shared else None)
 
     def _learners_turn(self) -> None:
         # What went wrong in the line is told to whoever takes the next groups; learners can still save what they have.

@@ -8,13 +8,16 @@ from tandem.config.layout import Layout
 from tandem.config.run import Run
 from tandem.config.sections import Optimizer
 from tandem.errors import ConfigError
+from tandem.model import describe
 from tandem.model.parallel.fit import check_fit
+from tandem.model.value import REWARD_KEY
 from tandem.train import footprint
 from tandem.train.critic_bytes import critic_shape
 from tandem.train.footprint import Memory, Shape
 from tandem.train.layouts import holds_reference
 from tandem.train.plan.axes import ALONE, Axes
 from tandem.train.plan.training import Pass, Trainer
+from tandem.train.reward_model import reward_model_shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,4 +81,13 @@ def roles_of(run: Run, policy: Shape) -> list[Role]:
             optimizer=run.critic.optimizer,
         )
         found.append(critic)
+    if (judge := run.reward.model) is not None:
+        reward_model = Role(
+            name="reward.model",
+            reading="reward model",
+            shape=reward_model_shape(run, judge.path),
+            config=describe(judge.path, run.model.trust_remote_code, REWARD_KEY).get_text_config(),
+            layout=judge.layout,
+        )
+        found.append(reward_model)
     return found

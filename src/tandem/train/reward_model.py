@@ -1,0 +1,52 @@
+"""What can be told of a run's reward model before it is loaded: whether it can be one, and its bytes."""
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from tandem.config.run import Run
+from tandem.model import describe
+from tandem.model.language_model import longest_row
+from tandem.model.value import REWARD_KEY, check_reward_model
+from tandem.train.critic_bytes import with_one_output
+from tandem.train.finding import Line
+from tandem.train.footprint import Memory, Shape, frozen, shape_of
+from tandem.train.plan.axes import ALONE, Axes
+
+
+def look_at_reward_model(run: Run, tokenizer: PreTrainedTokenizerBase, longest_prompt: int) -> list[Line]:
+    """ConfigError where it cannot be loaded; its weights are not read."""
+    config = run.reward.model
+    if config is None:
+        return []
+    trust = run.model.trust_remote_code
+    source = check_reward_model(config.path, tokenizer, trust)
+    longest = longest_prompt + run.sampling.max_answer_tokens
+    positions = longest_row(describe(source, trust, REWARD_KEY).get_text_config())
+    said = f"{config.name}: {source}, {positions:,} positions"
+    if longest > positions:
+        return [("problem", f"{said}, fewer than the {longest:,} tokens of the longest prompt and answer")]
+    head = "its head is there" if Path(source).is_dir() else "whether it has a head shows when it is loaded"
+    return [("ok", f"{said}, {head}; no answer was scored with it")]
+
+
+def reward_model_axes(run: Run) -> Axes:
+    """How it lies on the run's learners; ConfigError where it cannot."""
+    learners = run.placement.learners
+    if run.reward.model is None or learners == 1:
+        return ALONE
+    return Axes.of(run.reward.model.layout, learners)
+
+
+def reward_model_shape(run: Run, path: str) -> Shape:
+    """The sizes of the run's reward model."""
+    describe(path, run.model.trust_remote_code, REWARD_KEY)
+    return with_one_output(shape_of(run.model.model_copy(update={"lora": None}), None, path))
+
+
+def with_reward_model(need: Memory, run: Run, axes: Axes) -> Memory:
+    """What the fullest process takes when the run's reward model, if it has one, lies on it too."""
+    config = run.reward.model
+    if config is None:
+        return need
+    return need.beside("reward model", frozen(run, reward_model_shape(run, config.path), config.layout, axes))
