@@ -57,14 +57,15 @@ def expert_tensor_ranks(tensors: Mapping[str, Tensor], model: Architecture, loca
 
 
 def numbered(tensors: Mapping[str, Tensor], model: Architecture, local: int) -> dict[str, Tensor]:
-    """Views of a rank's tensors, its fused experts as numbered ones; what does not divide by them stays as it is."""
+    """Views of a rank's tensors, its fused experts as numbered ones; matrices of other shapes stay as they are."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         fused = _FUSED.fullmatch(name)
-        if fused is None or tensor.numel() % (local * model.hidden):
+        along = 0 if fused is None else int(fused[2]) - 1
+        rows = (-1, model.hidden) if along else (model.hidden, -1)
+        if fused is None or tensor.shape[along] != model.hidden or tensor.shape[1 - along] % local:
             found[name] = tensor
             continue
-        rows = (model.hidden, -1) if fused[2] == "1" else (-1, model.hidden)
         for index, expert in enumerate(tensor.reshape(local, *rows)):
             found[f"{fused[1]}.linear_fc{fused[2]}.weight{index}"] = expert.T
     return found
