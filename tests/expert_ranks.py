@@ -7,7 +7,16 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from parallel_ranks import CPU, Case, go_on, save_and_go_on, single, spread, update
+from parallel_ranks import (
+    CPU,
+    Case,
+    go_on,
+    save_and_go_on,
+    single,
+    spread,
+    take_over_from_one,
+    update,
+)
 from tandem.config.layout import Layout
 from tandem.config.sections import Model
 from tandem.model.parallel.grid import connect
@@ -90,6 +99,9 @@ CASES = {
 SAVED = {"saved": {}, "saved adapter": EVERYWHERE}
 
 
+FROM_ONE = {"expert": {"expert": 2}, "shard": {}, "tensor": {"tensor": 2}}
+
+
 def everything(rank: int, world: int, address: str, place: str) -> None:
     torch.set_num_threads(1)
     connect(rank, world, address, CPU, timeout_s=120)
@@ -104,6 +116,8 @@ def everything(rank: int, world: int, address: str, place: str) -> None:
     for name, keys in SAVED.items():
         go_on(case({"expert": 2}, **keys), folder, folder / name, "expert", rank)
         go_on(case({}, **keys), folder, folder / name, "shard", rank)
+    for layout, sizes in FROM_ONE.items():
+        take_over_from_one(case(sizes, **EVERYWHERE), folder, f"adapter {layout}", rank)
     reference_in_another_layout(folder)
     actor = spread(case({"expert": 2}), folder)
     actor.model.save_merged(folder / "export")

@@ -71,11 +71,8 @@ def refused(source, tmp_path, to="megatron", error=ConfigError, **options) -> st
             "--layers-per-stage 2,2 and --virtual-pipeline 2 exclude each other",
         ),
         ({"expert_parallel": 2}, "2 expert-parallel ranks: the model has no experts"),
-        ({"grouped_experts": True}, "--grouped-experts is a layout of --transformer-impl transformer_engine"),
-        (
-            {"grouped_experts": True, "transformer_impl": "transformer_engine"},
-            "--grouped-experts: the model has no experts",
-        ),
+        ({"grouped_experts": True}, "--grouped-experts: the model has no experts"),
+        ({"tensor_parallel": 2, "expert_tensor_parallel": 1}, "--expert-tensor-parallel: the model has no"),
         ({"dtype": "float16"}, "--dtype 'float16' is not one of fp32, bf16, fp16"),
         ({"transformer_impl": "te"}, "--transformer-impl 'te' is not one of local, transformer_engine"),
         ({"to": "mcore"}, "--to 'mcore' is not one of hf, megatron"),
@@ -168,21 +165,6 @@ def test_a_missing_tensor_of_a_rank_is_named(copy, tmp_path):
     rewrite(copy / RANK.format("mp_rank_01_001"), lambda content: content["model"].pop(name))
     said = refused(copy, tmp_path, "hf")
     assert f"1 missing: {name}" in said and "mp_rank_01_001" in said
-
-
-def test_experts_cut_otherwise_are_noticed(tmp_path):
-    """Each tensor rank with whole experts of its own (expert tensor parallel size 1) is another layout."""
-    sparse = saved(tmp_path / "mixtral", "mixtral")
-    source = convert(sparse, tmp_path / "m", "megatron", tensor_parallel=2, say=lambda line: None)
-
-    def whole(content):
-        for name, tensor in content["model"].items():
-            if name.endswith("linear_fc1.weight"):
-                content["model"][name] = torch.cat([tensor, tensor])
-
-    for name in ("mp_rank_00", "mp_rank_01"):
-        rewrite(source / RANK.format(name), whole)
-    assert "local_experts.0.linear_fc1.weight [96, 32] instead of [48, 32]" in refused(source, tmp_path, "hf")
 
 
 def test_other_formats_of_megatron_are_named(copy, tmp_path):

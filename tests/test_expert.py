@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from expert_ranks import CASES, FAMILIES, SAVED, case, everything
-from parallel_ranks import CPU, PROBE, launch, single, weights_of
-from tandem.checkpoint.sharded import export_sharded
+from expert_ranks import CASES, EVERYWHERE, FAMILIES, FROM_ONE, SAVED, case, everything
+from parallel_ranks import CPU, PROBE, launch, saved_by_one, single, weights_of
+from tandem.checkpoint.sharded import export_sharded, read_sharded
 from tandem.config.layout import Layout
 from tandem.engine.probe import policy_logp
 from tandem.engine.weights import named_tensors
@@ -21,7 +21,6 @@ from tandem.model import LanguageModel, load
 from tandem.model.mixture import apart
 from tandem.model.new import new_tokenizer
 from tandem.model.parallel.fit import check_fit
-from tandem.train.snapshot import SHARDED, read_learned, write_learned
 from tiny_models import SHAPE, network, randomized
 
 
@@ -32,6 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family, make in FAMILIES.items():
         randomized(make()).save_pretrained(made / family)
         new_tokenizer().save_pretrained(made / family)
+    saved_by_one(case({}, **EVERYWHERE), made, made / "one adapter")
     for world in CASES:
         launch(everything, world, made)
     return made
@@ -73,6 +73,26 @@ def test_a_checkpoint_goes_on_with_the_experts_elsewhere(place, layout, saved):
     found = load_file(place / f"{saved} {layout}.safetensors")
     assert found.keys() == later.keys()
     for key, weight in found.items():
+        torch.testing.assert_close(weight, later[key], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", FROM_ONE)
+def test_adapters_on_experts_of_one_process_go_on_with_many(place, layout):
+    later = load_file(place / "one adapter later.safetensors")
+    found = load_file(place / f"from one adapter {layout}.safetensors")
+    assert found.keys() == later.keys()
+    for key, weight in found.items():
+        torch.testing.assert_close(weight, later[key], atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_on_experts_of_many_processes_go_on_with_one(place):
+    actor, part = single(case({}, **EVERYWHERE), place)
+    read_sharded(place / "saved adapter", actor.model, actor.optimizer)
+    then, later = (load_file(place / f"saved adapter {when}.safetensors") for when in ("then", "later"))
+    for key, weight in weights_of(actor).items():
+        torch.testing.assert_close(weight, then[key], atol=1e-7, rtol=1e-6)
+    actor.update([part], 0.05)
+    for key, weight in weights_of(actor).items():
         torch.testing.assert_close(weight, later[key], atol=1e-5, rtol=1e-5)
 
 
@@ -201,16 +221,3 @@ def test_an_adapter_that_cannot_be_merged_is_refused_by_its_name(make, keys, sai
     model = LanguageModel(get_peft_model(make(), LoraConfig(r=2, **keys)), new_tokenizer(), "adapted")
     with pytest.raises(RunError, match=rf"model.lora.targets: .*{said}"):
         list(model.weights())
-
-
-@pytest.mark.parametrize("by_many", [False, True])
-def test_adapters_on_experts_do_not_change_sides(place, tmp_path, by_many):
-    """One process has their factors in another shape than many."""
-    actor, _ = single(case({}, lora=True, targets="all-linear"), place)
-    if by_many:
-        (tmp_path / SHARDED).mkdir()
-        with pytest.raises(RunError, match=r"several learners and has adapters on experts .* above 1"):
-            read_learned(actor, None, tmp_path, {}, {})
-    else:
-        words = write_learned(actor, None, tmp_path, False)
-        read_learned(actor, None, tmp_path, words["optimizer"], words["random"])

@@ -3,7 +3,8 @@
 `weights/` holds what trains (all weights by their Hugging Face names, or an adapter's), `optimizer/` the moments and
 the master weights where the model's are shorter, `settings/` the rest of a Hugging Face folder. The tensors are
 safetensors that torch.distributed.checkpoint writes and reads, the place of each piece in its file's header; nothing
-in them is code. What one process wrote, a model's folder and `optimizer_tensors` in a file, is read by the same slices.
+in them is code. What one process wrote, a model's folder and `optimizer_tensors` in a file, is read by the same slices;
+only adapters on experts, which one process has in another form, are read whole, a factor at a time.
 """
 
 import shutil

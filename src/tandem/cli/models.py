@@ -140,6 +140,9 @@ def convert(
     virtual_pipeline: Annotated[int, typer.Option(help="Chunks of layers in a stage.")] = 1,
     layers_per_stage: Annotated[str | None, typer.Option(help="Uneven stages, as 7,9.")] = None,
     expert_parallel: Annotated[int, typer.Option(help="Ranks that share the experts.")] = 1,
+    expert_tensor_parallel: Annotated[
+        int | None, typer.Option(help="Ranks that share the matrices of an expert; else the tensor ranks.")
+    ] = None,
     pad_vocab_multiple: Annotated[
         int, typer.Option(help="Pad the vocabulary to a multiple of this times the tensor ranks.")
     ] = 1,
@@ -166,6 +169,7 @@ def convert(
         virtual_pipeline=virtual_pipeline,
         layers_per_stage=layers_per_stage,
         expert_parallel=expert_parallel,
+        expert_tensor_parallel=expert_tensor_parallel,
         pad_vocab_multiple=pad_vocab_multiple,
         transformer_impl=transformer_impl,
         grouped_experts=grouped_experts,

@@ -23,7 +23,6 @@ from tandem.config import dump
 from tandem.config.run import Run
 from tandem.errors import RunError
 from tandem.learner import Actor, Pupil, Reference
-from tandem.model import LanguageModel
 from tandem.model.parallel.model import ShardedModel
 from tandem.placement import inline
 from tandem.placement.inline import Roles
@@ -117,7 +116,6 @@ def read_learned(
 def read_pupil(pupil: Pupil, folder: Path, figures: Mapping[str, Any]) -> None:
     """Weights and optimizer."""
     model, optimizer = pupil.model, pupil.optimizer
-    check_adapter(folder, model)
     if (folder / SHARDED).is_dir():
         read_sharded(folder / SHARDED, model, optimizer)
     else:
@@ -128,17 +126,6 @@ def read_pupil(pupil: Pupil, folder: Path, figures: Mapping[str, Any]) -> None:
             tensors = read_tensors(folder / OPTIMIZER)
             restore_optimizer(optimizer.adamw, optimizer.parameter_names, tensors, figures)
             optimizer.restore_masters(read_tensors(folder / MASTERS))
-
-
-def check_adapter(folder: Path, model: LanguageModel) -> None:
-    """Adapters on experts are written in another shape by one process than by many."""
-    by_many = (folder / SHARDED).is_dir()
-    on_experts = [name for name in model.trainable() if ".experts." in name and ".lora_" in name]
-    if on_experts and by_many != isinstance(model, ShardedModel):
-        raise RunError(
-            f"{folder} was written by {'several learners' if by_many else 'one learner'} and has adapters on experts "
-            f"({on_experts[0]}): go on with placement.learners {'above' if by_many else '='} 1"
-        )
 
 
 def keeps_reference(run: Run) -> bool:

@@ -11,6 +11,7 @@ import torch
 from tandem.checkpoint.convert.adapter import Merged
 from tandem.checkpoint.convert.architecture import REWARD_HEAD, Architecture, architecture, read_config
 from tandem.checkpoint.convert.companions import copy_companions, write_arguments
+from tandem.checkpoint.convert.experts import Experts
 from tandem.checkpoint.convert.hugging_face import HuggingFace, write_hugging_face
 from tandem.checkpoint.convert.layout import Layout, check_divides, stages
 from tandem.checkpoint.convert.megatron import Megatron, check_types, write_megatron
@@ -34,9 +35,16 @@ class Cut:
     virtual_pipeline: int = 1
     layers_per_stage: str | None = None
     expert_parallel: int = 1
+    expert_tensor_parallel: int | None = None
     pad_vocab_multiple: int = 1
     transformer_impl: str = "local"
     grouped_experts: bool = False
+
+    @property
+    def experts(self) -> Experts:
+        if not self.grouped_experts:
+            return Experts.APART
+        return Experts.FUSED if self.transformer_impl == "local" else Experts.GROUPED
 
     def layout(self, model: Architecture) -> Layout:
         layers = model.layers, self.pipeline_parallel, self.virtual_pipeline
@@ -45,9 +53,10 @@ class Cut:
             tensor=self.tensor_parallel,
             stages=stages(*layers, _numbers(self.layers_per_stage)),
             expert=self.expert_parallel,
+            expert_tensor=self.expert_tensor_parallel or self.tensor_parallel,
             vocabulary=-(-model.vocabulary // unit) * unit,
             fused_norms=self.transformer_impl == "transformer_engine",
-            grouped_experts=self.grouped_experts,
+            experts=self.experts,
         )
         check_divides(model, made)
         return made
@@ -63,6 +72,7 @@ def convert(
     virtual_pipeline: int = 1,
     layers_per_stage: str | None = None,
     expert_parallel: int = 1,
+    expert_tensor_parallel: int | None = None,
     pad_vocab_multiple: int = 1,
     transformer_impl: str = "local",
     grouped_experts: bool = False,
@@ -76,7 +86,8 @@ def convert(
 
     `source` is a Hugging Face folder with safetensors, or a Megatron-Core checkpoint with one file per rank, whose
     layout is found by itself; `config` is where config.json and tokenizer are, if not there. `layers_per_stage` is
-    like `7,9`; `virtual_pipeline` counts the chunks of a stage. `dtype` is fp32, bf16 or fp16, else every tensor
+    like `7,9`; `virtual_pipeline` counts the chunks of a stage; `expert_tensor_parallel` is `tensor_parallel` unless
+    given. `dtype` is fp32, bf16 or fp16, else every tensor
     keeps its own. `lora` is a PEFT adapter to merge. `say` gets lines of progress.
 
     `ConfigError` before anything is written for arguments or weights that do not fit; `RunError` for a disk that
@@ -88,6 +99,7 @@ def convert(
         virtual_pipeline=virtual_pipeline,
         layers_per_stage=layers_per_stage,
         expert_parallel=expert_parallel,
+        expert_tensor_parallel=expert_tensor_parallel,
         pad_vocab_multiple=pad_vocab_multiple,
         transformer_impl=transformer_impl,
         grouped_experts=grouped_experts,
@@ -165,8 +177,6 @@ def _check_arguments(
         raise ConfigError(
             "--to hf makes one model without ranks: leave out the layout, it is for --to megatron"
         )
-    if cut.grouped_experts and cut.transformer_impl != "transformer_engine":
-        raise ConfigError("--grouped-experts is a layout of --transformer-impl transformer_engine; give both")
     if shard_gb <= 0:
         raise ConfigError(f"--shard-gb {shard_gb:g} must be above 0")
     if not source.is_dir():

@@ -8,6 +8,7 @@ import torch
 
 from tandem.checkpoint.convert.architecture import Architecture
 from tandem.checkpoint.convert.document import read_object
+from tandem.checkpoint.convert.experts import Experts
 from tandem.checkpoint.convert.layout import Layout
 from tandem.checkpoint.jsonfile import write_json
 
@@ -86,8 +87,9 @@ def write_arguments(
             # Shares of all experts, or of the chosen ones alone.
             "moe_router_pre_softmax": config.model_type == "qwen3_moe" and not config.norm_topk_prob,
             "moe_layer_freq": [int(i in model.expert_layers) for i in range(model.layers)],
-            "moe_grouped_gemm": layout.grouped_experts,
+            "moe_grouped_gemm": layout.experts is not Experts.APART,
+            "moe_use_legacy_grouped_gemm": layout.experts is Experts.FUSED,
             "expert_model_parallel_size": layout.expert,
-            "expert_tensor_parallel_size": layout.tensor,
+            "expert_tensor_parallel_size": layout.expert_tensor,
         }
     write_json(folder / ARGUMENTS, values)

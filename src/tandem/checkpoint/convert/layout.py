@@ -1,8 +1,10 @@
 """How Megatron cuts a model over ranks: tensor, pipeline (even, uneven, virtual) and expert parallel."""
 
+import math
 from dataclasses import dataclass
 
 from tandem.checkpoint.convert.architecture import Architecture
+from tandem.checkpoint.convert.experts import Experts
 from tandem.errors import ConfigError
 
 
@@ -12,12 +14,14 @@ class Layout:
     stages: tuple[tuple[tuple[int, ...], ...], ...]
     """`stages[p][v]`: the layers of pipeline rank p in its virtual chunk v."""
     expert: int
+    """Ranks that share the experts of a layer."""
+    expert_tensor: int
+    """Ranks that share the matrices of an expert."""
     vocabulary: int
     """Rows of the embedding with their padding, over all tensor ranks."""
     fused_norms: bool
     """Norms are named as parts of the linear layer behind them (Transformer Engine)."""
-    grouped_experts: bool
-    """A layer's experts are numbered weights of one grouped linear layer."""
+    experts: Experts
 
     @property
     def pipeline(self) -> int:
@@ -28,10 +32,14 @@ class Layout:
         return len(self.stages[0])
 
     def ranks(self) -> list[tuple[int, int, int]]:
-        """(tensor, pipeline, expert) rank of every file."""
-        return [
-            (t, p, e) for p in range(self.pipeline) for e in range(self.expert) for t in range(self.tensor)
-        ]
+        """(tensor, pipeline, expert) rank of every file.
+
+        Of the processes of a stage, number n has tensor rank n mod tensor, expert tensor rank n mod expert_tensor and
+        expert rank (n // expert_tensor) mod expert. So where these numbers of ranks differ, not every pair exists.
+        """
+        processes = range(math.lcm(self.tensor, self.expert_tensor * self.expert))
+        pairs = [(n % self.tensor, n // self.expert_tensor % self.expert) for n in processes]
+        return [(t, p, e) for p in range(self.pipeline) for t, e in pairs]
 
     def folder(self, tensor: int, pipeline: int, expert: int) -> str:
         """Name of a rank's folder, as Megatron spells it."""
@@ -49,6 +57,7 @@ class Layout:
         words = f"tensor {self.tensor}, pipeline {self.pipeline} (layers {', '.join(counts)})"
         words += f", virtual {self.virtual}" if self.virtual > 1 else ""
         words += f", expert {self.expert}" if self.expert > 1 else ""
+        words += f", expert tensor {self.expert_tensor}" if self.expert_tensor != self.tensor else ""
         return f"{words}, vocabulary {self.vocabulary}"
 
 
@@ -106,12 +115,19 @@ def check_divides(model: Architecture, layout: Layout) -> None:
     if len(model.expert_layers) < model.layers:
         shared["feed-forward channels"] = (model.feedforward, t)
     if model.expert_layers:
-        shared["feed-forward channels of an expert"] = (model.expert_feedforward, t)
+        shared["feed-forward channels of an expert"] = (model.expert_feedforward, layout.expert_tensor)
         shared["experts"] = (model.experts, e)
     elif e > 1:
         raise ConfigError(f"{e} expert-parallel ranks: the model has no experts; leave them out")
-    elif layout.grouped_experts:
+    elif layout.expert_tensor != t:
+        raise ConfigError("--expert-tensor-parallel: the model has no experts; leave it out")
+    elif layout.experts is not Experts.APART:
         raise ConfigError("--grouped-experts: the model has no experts; leave it out")
+    if t % layout.expert_tensor:
+        raise ConfigError(
+            f"{layout.expert_tensor} expert-tensor-parallel ranks do not divide {t} tensor-parallel ranks, by which "
+            "the files are named; choose a divisor"
+        )
     for what, (size, ranks) in shared.items():
         if size % ranks:
             kind = "expert" if what == "experts" else "tensor"

@@ -1,18 +1,19 @@
-"""Megatron-Core checkpoints: read in any layout as Hugging Face tensors, written one rank file at a time."""
+"""Megatron-Core checkpoints: read in any layout as Hugging Face tensors, written tensor by tensor."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tandem.checkpoint.convert.architecture import EMBEDDING, Architecture, check_complete
+from tandem.checkpoint.convert.experts import Experts, fused_name, fused_shape, numbered
 from tandem.checkpoint.convert.layout import Layout, check_divides
 from tandem.checkpoint.convert.plan import Piece, Pieces, rank_tensors, shape_of
+from tandem.checkpoint.convert.rank_file import Entry, write_rank
 from tandem.checkpoint.convert.ranks import FILE, TRACKER, Rank, Ranks
 from tandem.checkpoint.convert.source import Source
-from tandem.checkpoint.disk import failure
 from tandem.errors import ConfigError
 
 log = logging.getLogger("tandem.checkpoint")
@@ -38,7 +39,8 @@ class Megatron:
 
     def _add_rank(self, rank: Rank, model: Architecture) -> None:
         for key, planned in rank_tensors(model, self.layout, rank).items():
-            held = dict(self._ranks.chunks[rank].get(key, {}))
+            held = self._ranks.chunks[rank].get(key, {})
+            held = numbered(held, model, model.experts // self.layout.expert) if model.experts else dict(held)
             if "rm_head.weight" in planned and "output_layer.weight" in held:
                 held["rm_head.weight"] = held.pop("output_layer.weight")
             check_complete(
@@ -111,8 +113,8 @@ def check_types(source: Source, model: Architecture, layout: Layout) -> None:
     """What Megatron fuses into one tensor must be of one type."""
     for rank in layout.ranks():
         for tensors in rank_tensors(model, layout, rank).values():
-            for pieces in tensors.values():
-                types = {piece.name: source.dtype(piece.name) for piece in pieces}
+            for blocks in _stored(tensors, layout).values():
+                types = {piece.name: source.dtype(piece.name) for pieces in blocks for piece in pieces}
                 if len(set(types.values())) > 1:
                     given = ", ".join(f"{name} {dtype}" for name, dtype in types.items())
                     raise ConfigError(
@@ -123,36 +125,59 @@ def check_types(source: Source, model: Architecture, layout: Layout) -> None:
 def write_megatron(
     source: Source, model: Architecture, layout: Layout, folder: Path, say: Callable[[str], None]
 ) -> None:
-    """`release/mp_rank_*/model_optim_rng.pt` of every rank and the tracker; one rank's weights in memory."""
+    """`release/mp_rank_*/model_optim_rng.pt` of every rank and the tracker; one tensor in memory."""
     ranks = layout.ranks()
     for i, rank in enumerate(ranks, start=1):
-        chunks = {
-            key: {name: assembled(source, pieces) for name, pieces in tensors.items()}
+        entries = {
+            key: {name: _entry(source, name, blocks) for name, blocks in _stored(tensors, layout).items()}
             for key, tensors in rank_tensors(model, layout, rank).items()
         }
         path = folder / "release" / layout.folder(*rank) / FILE
         path.parent.mkdir(parents=True)
-        _save({"checkpoint_version": 3.0, "iteration": 0, **chunks}, path)
-        size = sum(tensor.nbytes for chunk in chunks.values() for tensor in chunk.values())
-        del chunks  # before the next rank's come in
+        size = sum(entry.nbytes for chunk in entries.values() for entry in chunk.values())
+        progress = Progress(str(path.relative_to(folder)), size, say)
+        write_rank(path, {"checkpoint_version": 3.0, "iteration": 0}, entries, progress.add)
         say(f"{path.relative_to(folder)}  {size:,} bytes  ({i} of {len(ranks)})")
     (folder / TRACKER).write_text("release\n", encoding="ascii")
 
 
-def assembled(source: Source, pieces: Pieces) -> Tensor:
-    """A Megatron tensor of its own memory."""
-    return torch.cat([_piece(source, piece) for piece in pieces])
+class Progress:
+    """A line for each further GiB of a file that is being written."""
+
+    def __init__(self, file: str, size: int, say: Callable[[str], None]) -> None:
+        self._file, self._size, self._say = file, size, say
+        self._done = self._said = 0
+
+    def add(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._done - self._said >= 2**30 and self._done < self._size:
+            self._said = self._done
+            self._say(f"{self._file}  {self._done:,} of {self._size:,} bytes")
+
+
+def _stored(tensors: dict[str, Pieces], layout: Layout) -> dict[str, tuple[Pieces, ...]]:
+    """Name in the file -> the planned tensors that lie in it end to end."""
+    stored: dict[str, tuple[Pieces, ...]] = {}
+    for name, pieces in tensors.items():
+        key = fused_name(name) if layout.experts is Experts.FUSED else name
+        stored[key] = (*stored.get(key, ()), pieces)
+    return stored
+
+
+def _entry(source: Source, name: str, blocks: tuple[Pieces, ...]) -> Entry:
+    shapes = [shape_of(pieces, source.shapes) for pieces in blocks]
+    fused = fused_shape(name, shapes)
+
+    def parts() -> Iterator[Tensor]:
+        for pieces in blocks:
+            read = (_piece(source, piece) for piece in pieces)
+            yield from read if fused is None else [torch.cat(list(read)).T]
+
+    dtype = source.dtype(blocks[0][0].name)
+    return Entry(shape=shapes[0] if fused is None else fused, dtype=dtype, parts=parts)
 
 
 def _piece(source: Source, piece: Piece) -> Tensor:
     if piece.zeros:
         return torch.zeros(piece.size, *source.shapes[piece.name][1:], dtype=source.dtype(piece.name))
     return source.read(piece.name, piece.start, piece.stop, piece.dim)
-
-
-def _save(content: dict[str, object], path: Path) -> None:
-    try:
-        torch.save(content, path)
-    except RuntimeError as cause:
-        # The writer of torch reports the system's errors under a type of its own.
-        raise failure("the converted model", path.parent, OSError(str(cause).splitlines()[0])) from cause

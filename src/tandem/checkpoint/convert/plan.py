@@ -4,9 +4,11 @@ One description serves both directions: written, a rank's tensor is its pieces e
 tensor is put together from the pieces of it that the ranks hold.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from tandem.checkpoint.convert.architecture import EMBEDDING, NORM, Architecture
+from tandem.checkpoint.convert.experts import expert_names
 from tandem.checkpoint.convert.layout import Layout
 
 
@@ -56,7 +58,7 @@ def rank_tensors(
     return chunks
 
 
-def shape_of(pieces: Pieces, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+def shape_of(pieces: Pieces, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """Shape of the Megatron tensor, from those of the Hugging Face tensors."""
     full = shapes[pieces[0].name]
     if pieces[0].dim == 1:
@@ -130,19 +132,12 @@ def _feedforward(
     for local in range(share):
         tensors |= _gated(
             model.mlp(layer, expert * share + local),
-            _expert_names(at, local, layout.grouped_experts),
+            expert_names(at, local, layout.experts),
             model.expert_feedforward,
-            tensor,
-            layout.tensor,
+            tensor % layout.expert_tensor,
+            layout.expert_tensor,
         )
     return tensors
-
-
-def _expert_names(at: str, local: int, grouped: bool) -> tuple[str, str]:
-    if grouped:
-        return f"{at}.mlp.experts.linear_fc1.weight{local}", f"{at}.mlp.experts.linear_fc2.weight{local}"
-    room = f"{at}.mlp.experts.local_experts.{local}"
-    return f"{room}.linear_fc1.weight", f"{room}.linear_fc2.weight"
 
 
 def _gated(

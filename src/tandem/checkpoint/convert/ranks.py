@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tandem.checkpoint.convert.architecture import IGNORED, Architecture
+from tandem.checkpoint.convert.experts import expert_tensor_ranks, experts_form
 from tandem.checkpoint.convert.layout import Layout, dealt
 from tandem.checkpoint.convert.torch_file import read_mapped
 from tandem.errors import ConfigError
@@ -43,6 +44,7 @@ class Ranks:
     def layout(self, model: Architecture) -> Layout:
         """Sizes as the files show them; that they fit the model is checked tensor by tensor afterwards."""
         tensor, pipeline, expert = (1 + max(rank[axis] for rank in self.paths) for axis in range(3))
+        self._check_present({(0, p, 0) for p in range(pipeline)})
         firsts = [self.chunks[0, p, 0] for p in range(pipeline)]
         virtual = len(firsts[0])
         if any(len(chunks) != virtual for chunks in firsts):
@@ -57,14 +59,29 @@ class Ranks:
         embedding = next(iter(firsts[0].values())).get(_EMBEDDING)
         if embedding is None:
             raise ConfigError(f"{self.paths[0, 0, 0]} has no {_EMBEDDING}; is it a Megatron-Core checkpoint?")
-        return Layout(
+        found = Layout(
             tensor=tensor,
             stages=dealt(counts, pipeline),
             expert=expert,
+            expert_tensor=self._expert_tensor(model, expert) or tensor,
             vocabulary=len(embedding) * tensor,
             fused_norms=any(name.endswith("linear_qkv.layer_norm_weight") for name in names),
-            grouped_experts=any(re.search(r"experts\.linear_fc1\.weight\d+$", name) for name in names),
+            experts=experts_form(names),
         )
+        self._check_present(set(found.ranks()))
+        return found
+
+    def _expert_tensor(self, model: Architecture, expert: int) -> int | None:
+        held = (chunk for chunks in self.chunks.values() for chunk in chunks.values())
+        shown = (expert_tensor_ranks(chunk, model, model.experts // expert) for chunk in held)
+        return next((ranks for ranks in shown if ranks is not None), None)
+
+    def _check_present(self, ranks: set[Rank]) -> None:
+        if missing := sorted(ranks - set(self.paths)):
+            raise ConfigError(
+                f"{self.folder} lacks the files of {len(missing)} ranks (tensor, pipeline, expert): "
+                f"{', '.join(map(str, missing[:10]))}"
+            )
 
 
 def is_megatron(source: Path) -> bool:
@@ -160,13 +177,6 @@ def _places(folder: Path, opened: dict[tuple[int, ...], Chunks]) -> dict[tuple[i
                 places[numbers] = (tensor, 0, other) if first_everywhere else (tensor, other, 0)
             case _:
                 places[numbers] = (tensor, 0, 0)
-    sizes = [1 + max(rank[axis] for rank in places.values()) for axis in range(3)]
-    complete = {(t, p, e) for t in range(sizes[0]) for p in range(sizes[1]) for e in range(sizes[2])}
-    if missing := sorted(complete - set(places.values())):
-        raise ConfigError(
-            f"{folder} lacks the files of {len(missing)} ranks (tensor, pipeline, expert): "
-            f"{', '.join(map(str, missing[:10]))}"
-        )
     return places
 
 

@@ -19,7 +19,7 @@ from tandem.errors import ConfigError
 from tandem.model.attention import NAME
 from tandem.model.language_model import LanguageModel
 from tandem.model.load import DTYPES, describe, existing, load_tokenizer, with_adapter
-from tandem.model.mixture import apart, is_mixture
+from tandem.model.mixture import apart, as_saved, experts_first, is_mixture
 from tandem.model.new import new_network
 from tandem.model.parallel.expert import first_row
 from tandem.model.parallel.fit import check_adapter
@@ -171,13 +171,20 @@ def adapter_targets(model: LanguageModel) -> dict[str, Target]:
 
 def read(model: LanguageModel, targets: Mapping[str, Target], folder: Path) -> None:
     """Read this process's slices of the tensors of a folder, by the name they have there, whatever layout wrote
-    them; ConfigError where one is missing or has another shape."""
+    them; ConfigError where one is missing or has another shape. Of adapters on experts, which one process has in
+    another form than many, a tensor that is in the other form is read whole."""
     saved = tensors_in(folder)
     missing = sorted(set(targets) - set(saved))
     if missing:
         raise ConfigError(
             f"{folder} lacks {len(missing)} weights: {', '.join(missing[:5])}; use a whole folder"
         )
+    turned = {key: target for key, target in targets.items() if _is_turned(key, target, saved[key].size)}
+    for key, target in turned.items():
+        whole = torch.empty(saved[key].size, dtype=saved[key].properties.dtype)
+        read_alone({key: whole}, folder)
+        _turn(model, key, target, whole)
+    targets = {key: target for key, target in targets.items() if key not in turned}
     pieces = {
         key: target.values.cpu()
         if target.whole
@@ -196,6 +203,30 @@ def read(model: LanguageModel, targets: Mapping[str, Target], folder: Path) -> N
             read_in = local(pieces[key])
             if target.values.data_ptr() != read_in.data_ptr():
                 target.values.copy_(read_in)
+
+
+def _is_turned(key: str, target: Target, size: torch.Size) -> bool:
+    """A factor of experts, which the file has in the form of one process and the model in that of many, or the other
+    way round."""
+    return ".experts." in key and ".lora_" in key and len(size) != target.weight.ndim
+
+
+def _turn(model: LanguageModel, key: str, target: Target, whole: Tensor) -> None:
+    """Put what is here of a factor of experts into its place. The forms differ in the order of numbers alone."""
+    if target.weight.ndim == 3:
+        whole = experts_first(key, whole, model.network.config.num_experts)
+    else:
+        whole = as_saved(key, whole)
+    if not target.whole:
+        first = first_row(target.weight, model.parts[target.name], model.grid)
+        whole = whole[first : first + len(target.values)]
+    if whole.shape != target.values.shape:
+        raise ConfigError(
+            f"{key} is for {list(whole.shape)} here and the model needs {list(target.values.shape)}; go on with the "
+            "rank of the adapter that the checkpoint has"
+        )
+    with torch.no_grad():
+        target.values.copy_(whole)
 
 
 def read_alone(tensors: dict[str, Tensor], folder: Path) -> None:
