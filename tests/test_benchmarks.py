@@ -321,7 +321,7 @@ def test_the_page_shows_figures_ratios_and_what_was_not_run(tmp_path):
         "benchmark": "rollout",
         "command": "python benchmarks/rollout.py",
         "date": "2026-01-02T03:04:05",
-        "hardware": {"cpu": "Chip", "vectors": "AVX2", "cores": 2, "threads": 2, "accelerator": None},
+        "hardware": {"cpu": "Chip", "cores": 2, "threads": 2, "accelerator": None},
         "versions": {"python": "3.12", "torch": "2", "tandem": "abc"},
         "shape": {"name": "256", "parameters": 4.5e6, "dtype": "fp32"},
         "rounds": 1,
