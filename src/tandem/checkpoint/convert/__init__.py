@@ -87,8 +87,8 @@ def convert(
     `source` is a Hugging Face folder with safetensors, or a Megatron-Core checkpoint with one file per rank, whose
     layout is found by itself; `config` is where config.json and tokenizer are, if not there. `layers_per_stage` is
     like `7,9`; `virtual_pipeline` counts the chunks of a stage; `expert_tensor_parallel` is `tensor_parallel` unless
-    given. `dtype` is fp32, bf16 or fp16, else every tensor
-    keeps its own. `lora` is a PEFT adapter to merge. `say` gets lines of progress.
+    given. `dtype` is fp32, bf16 or fp16, else every tensor keeps its own. `lora` is a PEFT adapter to merge. `say` gets
+    lines of progress.
 
     `ConfigError` before anything is written for arguments or weights that do not fit; `RunError` for a disk that
     fails. `target` appears whole or not at all.
@@ -108,10 +108,8 @@ def convert(
     origin = _origin(source, config)
     with ExitStack() as files:
         weights, model, described = _open(source, origin, files, say)
-        if lora is not None:
-            weights = Merged(weights, lora)
-        if dtype is not None:
-            weights = Cast(weights, DTYPES[dtype])
+        weights = weights if lora is None else Merged(weights, lora)
+        weights = weights if dtype is None else Cast(weights, DTYPES[dtype])
         kept = weights.dtype("model.layers.0.self_attn.q_proj.weight")
         layout = _layout(cut, weights, model, say) if to == "megatron" else None
         _check_space(weights, target)

@@ -2,7 +2,7 @@
 
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,11 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tandem.checkpoint.disk import failure
 
-_SIGNATURE = 4
-"""Bytes before the checksum in what follows an entry of an archive."""
-_DIRECTORY_ENTRY = struct.Struct("<16xI8xHHH12x")
-"""Of an entry in the archive's directory its checksum and the lengths of name, extra field and comment."""
-_CHECKSUM_AT = 16
+_HEADER = struct.Struct("<26xHH")
+"""Before an entry of an archive: the lengths of its name and extra field, which follow."""
+_LISTED = struct.Struct("<28xHHH12x")
+"""Of an entry in the archive's directory: the lengths of its name, extra field and comment, which follow."""
+_BEHIND, _WITHIN = 4, 16
+"""Where the checksum is: in what follows an entry, and in the directory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,20 +58,19 @@ def write_rank(
     except RuntimeError as cause:
         # The writer of torch reports the system's errors under a type of its own.
         raise failure("the converted model", path.parent, OSError(str(cause).splitlines()[0])) from cause
-    with FakeTensorMode():
-        places = torch.load(path, weights_only=True)
-    checksums = []
+    listed = [entry for chunk in entries.values() for entry in chunk.values()]
     with path.open("r+b") as file:
-        for key, chunk in entries.items():
-            for name, entry in chunk.items():
-                file.seek(places[key][name].untyped_storage()._checkpoint_offset)
-                checksums.append(_fill(file, entry))
-                written(entry.nbytes)
-    _note(path, checksums)
+        for entry, (at, noted) in zip(listed, _rooms(path), strict=True):
+            file.seek(at)
+            checksum = struct.pack("<I", _fill(file, entry))
+            for place in (at + entry.nbytes + _BEHIND, noted):
+                file.seek(place)
+                file.write(checksum)
+            written(entry.nbytes)
 
 
 def _fill(file: BinaryIO, entry: Entry) -> int:
-    """Write a tensor where the file stands, and its checksum behind it; returns that."""
+    """Write a tensor where the file stands; returns its checksum."""
     checksum = size = 0
     for part in entry.parts():
         held = part.contiguous().view(torch.uint8).numpy().data
@@ -78,21 +78,20 @@ def _fill(file: BinaryIO, entry: Entry) -> int:
         file.write(held)
     if size != entry.nbytes:
         raise ValueError(f"{size} bytes for a tensor of {entry.nbytes}")
-    file.seek(_SIGNATURE, 1)
-    file.write(struct.pack("<I", checksum))
     return checksum
 
 
-def _note(path: Path, checksums: Iterable[int]) -> None:
-    """Put the checksums of the tensors, in their order, into the archive's directory."""
+def _rooms(path: Path) -> list[tuple[int, int]]:
+    """Where each tensor begins, in the order in which they were saved, and where the directory has its checksum."""
     with ZipFile(path) as archive:
-        names, at = archive.namelist(), archive.start_dir
-    rest = iter(checksums)
-    with path.open("r+b") as file:
-        for name in names:
+        entries, at = archive.infolist(), archive.start_dir
+    rooms = []
+    with path.open("rb") as file:
+        for entry in entries:
+            if entry.filename.split("/")[-2] == "data":
+                file.seek(entry.header_offset)
+                name, extra = _HEADER.unpack(file.read(_HEADER.size))
+                rooms.append((entry.header_offset + _HEADER.size + name + extra, at + _WITHIN))
             file.seek(at)
-            _, *lengths = _DIRECTORY_ENTRY.unpack(file.read(_DIRECTORY_ENTRY.size))
-            if name.split("/")[-2] == "data":
-                file.seek(at + _CHECKSUM_AT)
-                file.write(struct.pack("<I", next(rest)))
-            at += _DIRECTORY_ENTRY.size + sum(lengths)
+            at += _LISTED.size + sum(_LISTED.unpack(file.read(_LISTED.size)))
+    return rooms
