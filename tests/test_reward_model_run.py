@@ -7,7 +7,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from ray_runs import SMALL, trajectory
@@ -36,7 +36,16 @@ needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not inst
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory) -> Path:
-    return classifier(tmp_path_factory.mktemp("judge") / "judge")
+    """Stored in bf16, so that a learner's fp32 weights are memory of its own and not mapped from the file."""
+    folder = classifier(tmp_path_factory.mktemp("judge") / "judge")
+    weights = load_file(folder / "model.safetensors")
+    short = {name: weight.bfloat16() for name, weight in weights.items()}
+    save_file(short, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def fp32_bytes(file: Path) -> int:
+    return sum(4 * weight.numel() for weight in load_file(file).values())
 
 
 def recipe_in(folder: Path, judge: Path, **changes) -> Path:
@@ -106,8 +115,8 @@ def test_colocated_it_takes_turns_with_engines_and_sleeps_with_the_learners(
     learner = {"optimizer": {"lr": 1e-3}, "tokens_per_forward": 48, "sleep": True}
     colocated = {"placement": {"kind": "colocated", **RAY}, "learner": learner}
     assert run_in(tmp_path, judge, **colocated) == trajectory(inline[0] / "run")
-    policy = sum(t.nbytes for t in load_file(tmp_path / "run" / "model" / "model.safetensors").values())
-    scoring = sum(t.nbytes for t in load_file(judge / "model.safetensors").values())
+    policy = fp32_bytes(tmp_path / "run" / "model" / "model.safetensors")
+    scoring = fp32_bytes(judge / "model.safetensors")
     assert 2 * policy + scoring <= left[0] < 3 * policy + scoring
 
 
@@ -149,7 +158,7 @@ def test_check_counts_it_and_tells_what_is_wrong_with_it(judge, tmp_path):
     sound = findings(path)
     assert sound["reward"][0][0] == "ok" and "its head is there" in sound["reward"][0][1]
     assert not [text for lines in sound.values() for status, text in lines if status == "problem"]
-    size = sum(t.nbytes for t in load_file(judge / "model.safetensors").values())
+    size = fp32_bytes(judge / "model.safetensors")
     assert f"reward model {size / 1000:.0f} kB" in sound["memory"][0][1]
     missing = findings(path, "reward.model.path=/nowhere", "reward.functions=[]")
     assert [text for status, text in missing["reward"] if status == "problem"] == [
@@ -215,13 +224,13 @@ def test_the_policy_learns_what_the_model_likes(permute, random_folder, make_run
     run = make_run(
         random_folder,
         steps=15,
-        sampling={"prompts_per_step": 8, "answers_per_prompt": 8, "max_answer_tokens": 12},
+        sampling={"prompts_per_step": 16, "answers_per_prompt": 8, "max_answer_tokens": 12},
         reward={
             "functions": [],
             "model": {"path": str(fond_of("0123456789", tmp_path / "fond"))},
             "permute": permute,
         },
-        learner={"optimizer": {"lr": 3e-3}},
+        learner={"optimizer": {"lr": 5e-3}},
     )
     train(run, quiet)
     rows = read_metrics(Path(run.run_dir) / "metrics.jsonl")
