@@ -24,7 +24,6 @@ from tandem.talk.place import locate
 from tandem.talk.speaker import open_model
 from tandem.train.check import check
 from tandem.train.layouts import check_layouts
-from tandem.train.plan.request import planned
 from tandem.train.run import Launch, train
 from tiny_models import classifier, spelled
 from tiny_models import language_model as byte_model
@@ -181,12 +180,6 @@ def test_a_layout_that_it_cannot_have_is_refused_before_anything_starts(judge, t
     made = load(recipe_in(tmp_path, judge, **spread), [f"reward.model.layout={layout}"])
     with pytest.raises(ConfigError, match=said):
         check_layouts(made, tokenizer_of(made.model))
-
-
-def test_a_plan_without_it_is_refused(judge, tmp_path):
-    made = load(recipe_in(tmp_path, judge))
-    with pytest.raises(ConfigError, match="a reward model's time and memory are not planned"):
-        planned(made, device="cpu", count=2, per_node=2, prompt=None, answer=None, top=1)
 
 
 def fond_of(text: str, folder: Path) -> Path:
