@@ -43,7 +43,7 @@ Entries = Mapping[str, Mapping[str, Entry]]
 def write_rank(
     path: Path, plain: Mapping[str, Any], entries: Entries, written: Callable[[int], None]
 ) -> None:
-    """A file that `torch.load` reads: `plain` and the tensors; `written` is told the bytes of each tensor.
+    """A file that PyTorch reads: `plain` and the tensors; `written` is told the bytes of each tensor.
 
     First everything but the values is saved, with room for them, then each goes into its place.
     """
