@@ -37,7 +37,7 @@ from tandem.train.session import Session
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 
 RAY = {"cpus": 1}
-STEPS = 12
+STEPS = 20
 LEARNER = {"optimizer": {"lr": 1e-3}, "tokens_per_forward": 48}
 """Each group is a unit of the reference's work."""
 
