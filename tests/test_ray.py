@@ -29,6 +29,7 @@ from tandem.errors import ConfigError
 from tandem.journal import read_metrics
 from tandem.placement.cluster.build import weights_root
 from tandem.placement.cluster.learners import Learners, RemoteReference
+from tandem.placement.cluster.lost import EnginesLost
 from tandem.placement.cluster.parcel import Parcel
 from tandem.train.interrupt import Interrupted
 from tandem.train.run import Launch, train
@@ -90,6 +91,23 @@ def test_colocated_is_the_run_of_one_process_though_learners_sleep_and_a_signal_
     # checkpoint are mapped from its file.
     size = sum(tensor.nbytes for tensor in weights(tmp_path).values())
     assert [nbytes // size for nbytes in left] == [2, 4, 4] + [3] * (STEPS - 1)
+
+
+def test_a_run_whose_engine_cannot_be_replaced_saves_what_it_has_and_goes_on(inline, tmp_path, monkeypatch):
+    after, lost = Session.after, []
+
+    def strike(self, step, *rest):
+        after(self, step, *rest)
+        if step == 2 and not lost:
+            lost.append(pids(tmp_path / "run", "engine")[-1])
+            end(lost[0])
+
+    monkeypatch.setattr(Session, "after", strike)
+    placed = {"placement": {"kind": "apart", **RAY, "restarts": 0}}
+    with pytest.raises(EnginesLost, match=r"lost 1 times in a row \(placement.restarts=0\)"):
+        run_in(tmp_path, **placed)
+    assert newest(tmp_path / "run" / "checkpoints") is not None
+    assert run_in(tmp_path, **placed) == inline
 
 
 def test_apart_is_the_run_of_one_process_though_an_engine_dies_and_another_hangs(
