@@ -307,6 +307,7 @@ def test_difference_lets_pass_what_may_change_on_resume(tmp_path):
         "learner.tokens_per_forward=99",
         "learner.layout.context=2",
         "reference.layout.context=2",
+        "critic.layout.tensor=2",
         "reward.workers=4",
         "reward.model.layout.context=2",
     ]

@@ -37,6 +37,7 @@ FREE_ON_RESUME = (
     "learner.layout",
     "learner.sleep",
     "reference.layout",
+    "critic.layout",
     "reward.workers",
     "reward.model.layout",
 )
