@@ -5,12 +5,11 @@ import json
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
 import expert_ranks
@@ -33,7 +32,7 @@ from tandem.placement.inline import critic_of
 from tandem.placement.ranks import actor_of, build_critic, build_reward_model
 from tandem.types import Batch, Experience, take
 from tiny_models import FAMILIES as SHALLOW
-from tiny_models import randomized
+from tiny_models import randomized, spoiled
 from tiny_step import batch, run
 
 GAE = {"advantage": "gae", "gae_lambda": 0.9, "scale": "none", "kl": {"coef": 0.0}, "entropy": 0.0}
@@ -111,11 +110,7 @@ def make(folder: Path) -> None:
         randomized(network, seed=4).save_pretrained(folder / family / "critic")
         for name in ("policy", "critic"):
             new_tokenizer().save_pretrained(folder / family / name)
-    copytree(folder / "small" / "critic", folder / "odd")
-    weights = load_file(folder / "odd" / "model.safetensors")
-    save_file(
-        {**weights, "score.bias": torch.zeros(1)}, folder / "odd" / "model.safetensors", {"format": "pt"}
-    )
+    spoiled(folder / "small" / "critic", folder / "odd", "bias")
 
 
 def settings(folder: Path, start: str, **critic: object) -> Run:

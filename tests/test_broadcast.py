@@ -58,6 +58,18 @@ def open_group(size):
     yield sender, *ends
 
 
+@contextmanager
+def breaking_off(sender, offer, weights):
+    """What is sent, and what is received meanwhile, ends in the middle."""
+
+    def send():
+        with pytest.raises(RoadBroken):
+            sender.send(offer, weights)
+
+    with beside(send), pytest.raises(RoadBroken, match="broke off at tensor"):
+        yield
+
+
 def test_a_receiver_that_dies_in_the_middle_ends_it_for_all_and_soon(monkeypatch):
     """The one that lives has part of the weights, and refuses to generate until it has all of a version."""
     monkeypatch.setattr(roads, "BUCKET", 1 << 14)
@@ -69,18 +81,10 @@ def test_a_receiver_that_dies_in_the_middle_ends_it_for_all_and_soon(monkeypatch
             end.connect()
         engine = ReceivingEngine(policy(0), end, slots=4)
         offer = sender.offer(1, weights)
-        errors = []
-
-        def send():
-            try:
-                sender.send(offer, weights)
-            except RoadBroken as error:
-                errors.append(error)
-
-        with beside(send), pytest.raises(RoadBroken, match="broke off at tensor"):
+        with breaking_off(sender, offer, weights):
             engine.update(offer)
     assert dying.returncode == 1
-    assert errors and not sender.connected and engine.version == 0
+    assert not sender.connected and engine.version == 0
     with pytest.raises(RunError, match="part of version 1"):
         engine.generate([], None)
 
@@ -91,17 +95,9 @@ def test_who_waits_for_a_silent_receiver_gives_up_at_the_deadline():
         offer = sender.offer(1, weights)
         for road in (sender, ends[0]):
             road.timeout = timedelta(seconds=0.5)
-        errors = []
-
-        def send():
-            try:
-                sender.send(offer, weights)
-            except RoadBroken as error:
-                errors.append(error)
-
-        with beside(send), pytest.raises(RoadBroken, match="broke off at tensor"):
+        with breaking_off(sender, offer, weights):
             list(ends[0].read(offer))
-    assert errors and not sender.connected and not ends[0].connected
+    assert not sender.connected and not ends[0].connected
 
 
 @needs_ray

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from critic_ranks import (
@@ -32,7 +32,7 @@ from tandem.model.new import new_tokenizer
 from tandem.model.value import load_value
 from tandem.placement.inline import critic_of
 from tandem.train.snapshot import read_pupil, write_pupil
-from tiny_models import row_scores
+from tiny_models import row_scores, spoiled
 from tiny_step import batch
 
 
@@ -181,22 +181,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_too_many_end_the_run(plac
 def test_a_folder_that_cannot_be_a_critic_is_refused_by_name(place, tmp_path, change, said):
     folder = tmp_path / change
     if change != "nowhere":
-        folder.mkdir()
-        for file in (place / "critic").iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
-    if change in ("labels", "bias", "half"):
-        weights = load_file(folder / "model.safetensors")
-        if change == "labels":
-            weights["score.weight"] = weights["score.weight"].repeat(2, 1)
-        elif change == "bias":
-            weights["score.bias"] = torch.zeros(1)
-        else:
-            del weights["model.norm.weight"]
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    if change == "words":
-        odd = new_tokenizer()
-        odd.add_tokens(["one more"])
-        odd.save_pretrained(folder)
+        spoiled(place / "critic", folder, change)
     with pytest.raises(ConfigError, match=said):
         load_value(str(folder), "fp32", new_tokenizer(), CPU)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from parallel_ranks import CPU
 from tandem.checkpoint.convert import convert
@@ -20,7 +19,7 @@ from tandem.reward_model import RewardModel
 from tandem.rewards.scorer import Scorer
 from tandem.rollout import EVAL, Units
 from test_stream import COIN, DIGITS, make, model, scorer  # noqa: F401
-from tiny_models import classifier, language_model, row_scores
+from tiny_models import classifier, language_model, row_scores, spoiled
 from tiny_step import batch, run
 
 
@@ -83,25 +82,7 @@ def test_a_row_longer_than_the_models_positions_is_an_error_that_names_it(folder
 def test_a_folder_that_is_no_reward_model_is_refused_by_name(folder, tmp_path, change, said):
     other = tmp_path / change
     if change != "nowhere":
-        other.mkdir()
-        for file in folder.iterdir():
-            (other / file.name).write_bytes(file.read_bytes())
-        weights = load_file(other / "model.safetensors")
-        if change == "headless":
-            del weights["score.weight"]
-        elif change == "labels":
-            weights["score.weight"] = weights["score.weight"].repeat(2, 1)
-        elif change == "bias":
-            weights["score.bias"] = torch.zeros(1)
-        elif change == "half":
-            del weights["model.norm.weight"]
-        save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    if change == "torn":
-        (other / "model.safetensors").write_bytes(b"torn")
-    if change == "words":
-        odd = new_tokenizer()
-        odd.add_tokens(["one more"])
-        odd.save_pretrained(other)
+        spoiled(folder, other, change)
     with pytest.raises(ConfigError, match=said):
         load_reward_model(str(other), "fp32", new_tokenizer(), CPU)
 

@@ -4,8 +4,10 @@ and a scripted one."""
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from shutil import copytree
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -81,6 +83,29 @@ def classifier(folder: Path) -> Path:
     randomized(Qwen2ForSequenceClassification(config), seed=4).save_pretrained(folder)
     new_tokenizer().save_pretrained(folder)
     return folder
+
+
+def spoiled(source: Path, target: Path, change: str) -> None:
+    """A copy of a classifier's folder with one thing wrong."""
+    copytree(source, target)
+    file = target / "model.safetensors"
+    weights = load_file(file)
+    match change:
+        case "headless":
+            del weights["score.weight"]
+        case "labels":
+            weights["score.weight"] = weights["score.weight"].repeat(2, 1)
+        case "bias":
+            weights["score.bias"] = torch.zeros(1)
+        case "half":
+            del weights["model.norm.weight"]
+        case "words":
+            odd = new_tokenizer()
+            odd.add_tokens(["one more"])
+            odd.save_pretrained(target)
+    save_file(weights, file, metadata={"format": "pt"})
+    if change == "torn":
+        file.write_bytes(b"torn")
 
 
 def row_scores(folder: Path, rows: Sequence[Sequence[int]]) -> list[float]:

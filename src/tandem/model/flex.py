@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from tandem.model.attention import Branches, Rows
+from tandem.model.attention import Branches, Rows, lay
 
 
 class Documents:
@@ -39,6 +39,14 @@ class Documents:
             q_HND[None], k_HND[None], v_HND[None], block_mask=self.mask, scale=scale, enable_gqa=gqa
         )
         return out_1HND[0].transpose(0, 1)
+
+
+def arranged(
+    attention: str, length_B: Tensor, prompt_length_B: Tensor | None = None, group_B: Tensor | None = None
+) -> Rows | Branches | Documents:
+    """The layout of a batch under `learner.attention`; other arguments as for `lay`."""
+    padded = lay(length_B, prompt_length_B, group_B)
+    return Documents(padded) if attention == "documents" else padded
 
 
 def documents(layout: Rows | Branches) -> tuple[Tensor, Tensor]:

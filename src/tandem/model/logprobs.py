@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tandem.model.attention import Branches, Rows, lay
-from tandem.model.flex import Documents
+from tandem.model.attention import Branches, Rows
+from tandem.model.flex import Documents, arranged
 from tandem.model.language_model import LanguageModel
 
 
@@ -32,8 +32,7 @@ def token_logprobs(
     whose logits are computed again in the backward pass.
     """
     assert not mask_BT[:, 0].any(), "the first token of a row has no prediction"
-    padded = lay(length_B, prompt_length_B, group_B)
-    layout = Documents(padded) if attention == "documents" else padded
+    layout = arranged(attention, length_B, prompt_length_B, group_B)
     line_N, masked_N = layout.line(tokens_BT), layout.line(mask_BT)
 
     def head(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,8 +69,7 @@ def token_values(
     """`value_BT` at the masked tokens, 0 elsewhere, of a model whose head has one output. The value of token t is
     what the model says at t-1, so it cannot know the token. Arguments as for `token_logprobs`."""
     assert not mask_BT[:, 0].any(), "the first token of a row has nothing before it"
-    padded = lay(length_B, prompt_length_B, group_B)
-    layout = Documents(padded) if attention == "documents" else padded
+    layout = arranged(attention, length_B, prompt_length_B, group_B)
     value_M = values_at(model, tokens_BT, layout, layout.previous_N[layout.line(mask_BT)])
     return torch.zeros(tokens_BT.shape, device=tokens_BT.device).masked_scatter(mask_BT, value_M)
 
@@ -87,8 +85,7 @@ def row_values(
 ) -> Tensor:
     """`value_B`: what a model whose head has one output says at the last token of each row. Arguments as for
     `token_logprobs`."""
-    padded = lay(length_B, prompt_length_B, group_B)
-    layout = Documents(padded) if attention == "documents" else padded
+    layout = arranged(attention, length_B, prompt_length_B, group_B)
     last_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) == (length_B - 1)[:, None]
     # Answers lie in the line in the order of their rows.
     return values_at(model, tokens_BT, layout, layout.line(last_BT).nonzero().squeeze(1))

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tandem.model.attention import Layout, lay
-from tandem.model.flex import Documents
+from tandem.model.attention import Layout
+from tandem.model.flex import arranged
 from tandem.model.head import is_tied, replace_head
 from tandem.model.parallel.context import Cut, spread
 from tandem.model.parallel.grid import Axis
@@ -165,8 +165,7 @@ class _Flow:
             _wait(works)
 
     def _line(self, part: BatchT) -> tuple[Cut, Tensor, Layout]:
-        padded = lay(part.length_B, part.prompt_length_B, part.group_B)
-        layout = Documents(padded) if self.attention == "documents" else padded
+        layout = arranged(self.attention, part.length_B, part.prompt_length_B, part.group_B)
         line_N = layout.line(part.tokens_BT)
         return self.model._cut(len(line_N)), line_N, layout
 
