@@ -26,7 +26,7 @@ def document(folder: Path = results.FOLDER) -> str:
         benchmark, shape, arguments = place.groups()
         record = results.read(benchmark, shape, folder)
         command = f"python benchmarks/{benchmark}.py {arguments}"
-        return section(record) if record else missing(command)
+        return section(record, f"{benchmark}-{shape}.json") if record else missing(command)
 
     return PLACE.sub(fill, PAGE.read_text(encoding="utf-8"))
 
@@ -36,12 +36,12 @@ def missing(command: str) -> str:
     return f"Not run: {why}. `{command}` fills this table."
 
 
-def section(record: dict[str, Any]) -> str:
-    """One table per case, and under them what they were measured on."""
+def section(record: dict[str, Any], file: str) -> str:
+    """One table per case, and under them what they were measured on; the raw results are in `file`."""
     tables = []
     for name, case in record["cases"].items():
         tables.append(f"{sizes(name, case)}\n\n{TABLES[record['benchmark']](case)}")
-    return "\n\n".join([*tables, origin(record)])
+    return "\n\n".join([*tables, origin(record, file)])
 
 
 def sizes(name: str, case: dict[str, Any]) -> str:
@@ -144,7 +144,7 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:g}"
 
 
-def origin(record: dict[str, Any]) -> str:
+def origin(record: dict[str, Any], file: str) -> str:
     """What the figures were measured on, and where the raw ones are."""
     hardware, versions, shape = record["hardware"], record["versions"], record["shape"]
     device = hardware["accelerator"] or f"{hardware['cpu']}, {hardware['cores']} cores"
@@ -152,7 +152,6 @@ def origin(record: dict[str, Any]) -> str:
     listed = ", ".join(f"{name} {versions[name]}" for name in packages if versions.get(name))
     rows = [row for case in record["cases"].values() for row in case["rows"]]
     noise = "" if results.quiet(rows, hardware["cores"]) else " The machine did other work at the time."
-    file = f"{record['benchmark']}-{shape['name']}.json"
     return (
         f"{shape['parameters'] / 1e6:.1f} M parameters, {shape['dtype']}; {device}, {hardware['threads']} threads; "
         f"Python {versions['python']}, {listed}, Tandem {versions['tandem']}; {record['date'][:10]}; medians of "

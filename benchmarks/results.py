@@ -1,4 +1,7 @@
-"""The raw results: one JSON file for each benchmark and shape, from which docs/benchmarks.md is made."""
+"""The raw results: one JSON file for each benchmark and shape, from which docs/benchmarks.md is made.
+
+Those of another kind of CPU stand beside them under another name, such as `grpo_step-256-avx2.json`.
+"""
 
 import argparse
 import json
