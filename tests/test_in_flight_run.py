@@ -120,6 +120,8 @@ def test_while_a_long_answer_is_sampled_the_next_steps_are_begun(make, slow):  #
     """Each answer once, of the weights that its versions say, none older than allowed, and steps in their order."""
     stream = make("?" * 12, **in_flight(TOKENS))
     engines, made = slow(2, SAMPLING_S / TOKENS, shorter=TOKENS - 8)
+    engines.update(parcel(0))
+    assert len(made) == 2, "engines that are told which answers are long are there"
     stream.sampler.engine = longs = OneLong(engines, made)
     line = Line(threads(stream.sampler.run))
     beside = AheadStream(stream, line)
