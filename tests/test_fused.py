@@ -26,9 +26,9 @@ def line():
 def both(model):
     """Hidden states of the written-out decoder and of the model's own."""
     tokens_N, rows = line()
-    forward = sampling_forward(model, 32)
+    forward = sampling_forward(model, 32, 1)
     assert isinstance(forward, Fused)
-    return forward(tokens_N, rows.position_N, rows), model.hidden(tokens_N, rows.position_N, rows)
+    return forward.hidden(tokens_N, rows.position_N, rows), model.hidden(tokens_N, rows.position_N, rows)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -68,7 +68,7 @@ def test_joined_weights_are_the_same_parameters_in_one_storage():
     parameters = dict(model.network.named_parameters())
     values = copy.deepcopy(model.network.state_dict())
     with torch.inference_mode():
-        sampling_forward(model, 32)
+        sampling_forward(model, 32, 1)
     assert dict(model.network.named_parameters()) == parameters
     for name, tensor in model.network.state_dict().items():
         assert torch.equal(tensor, values[name])
@@ -76,20 +76,20 @@ def test_joined_weights_are_the_same_parameters_in_one_storage():
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     assert len({p.weight.untyped_storage().data_ptr() for p in projections}) == 1
     place = attention.q_proj.weight.data_ptr()
-    sampling_forward(model, 32)
+    sampling_forward(model, 32, 1)
     assert attention.q_proj.weight.data_ptr() == place, "joined once"
 
 
 def test_weights_that_change_in_place_or_move_are_seen():
     model = language_model()
     tokens_N, rows = line()
-    forward = sampling_forward(model, 32)
+    forward = sampling_forward(model, 32, 1)
     with torch.no_grad():
         for _ in range(2):
             for weight in model.network.parameters():
                 weight.add_(0.1)
             torch.testing.assert_close(
-                forward(tokens_N, rows.position_N, rows), model.hidden(tokens_N, rows.position_N, rows)
+                forward.hidden(tokens_N, rows.position_N, rows), model.hidden(tokens_N, rows.position_N, rows)
             )
     for weight in model.network.parameters():
         weight.data = weight.data.clone() * 0.7
@@ -99,7 +99,7 @@ def test_weights_that_change_in_place_or_move_are_seen():
 def test_training_goes_on_after_weights_were_joined():
     plain, model = language_model(seed=3), language_model(seed=3)
     with torch.inference_mode():
-        sampling_forward(model, 32)
+        sampling_forward(model, 32, 1)
     tokens_N, rows = line()
     for one in (plain, model):
         optimizer = torch.optim.AdamW(one.network.parameters(), lr=1e-2)
@@ -113,7 +113,7 @@ def test_training_goes_on_after_weights_were_joined():
 
 def test_joined_weights_are_saved_whole(tmp_path):
     model = language_model("qwen3", seed=5)
-    sampling_forward(model, 32)
+    sampling_forward(model, 32, 1)
     model.save(tmp_path)
     loaded = type(model.network).from_pretrained(tmp_path)
     expected = network("qwen3", seed=5).state_dict()
@@ -124,7 +124,7 @@ def test_joined_weights_are_saved_whole(tmp_path):
 def test_an_unknown_decoder_runs_as_it_is():
     shape = MistralConfig(**SHAPE, num_attention_heads=4, num_key_value_heads=2, sliding_window=None)
     model = LanguageModel(MistralForCausalLM(shape).eval(), new_tokenizer(), "mistral")
-    assert sampling_forward(model, 32) == model.hidden
+    assert sampling_forward(model, 32, 64) is model
 
 
 def test_compiled_blocks_leave_values_and_gradients_unchanged():

@@ -66,9 +66,9 @@ class EmbeddedEngine:
     def _steps(self, room: Room, params: SamplingParams) -> Steps:
         """With a cache that holds `room`; captured steps are kept for calls that sample alike."""
         model, stop_tokens = self.model, self.model.stop_tokens | params.stop_tokens
-        forward = sampling_forward(model, room.prompt_columns + room.answer_columns)
+        forward = sampling_forward(model, room.prompt_columns + room.answer_columns, room.slots)
         if not captures(model.device):
-            return Steps(model, forward, cache(room, model), answers(room, params, stop_tokens, model))
+            return Steps(forward, cache(room, model), answers(room, params, stop_tokens, model))
         known_room = room if self._held is None else room.joined(self._held[0].room)
         if self._held is None or self._held[0].room != known_room:
             self._held = None  # before the larger one is made
@@ -76,7 +76,7 @@ class EmbeddedEngine:
         slots, known = self._held
         if (params, stop_tokens) not in known:
             fresh = answers(slots.room, params, stop_tokens, model)
-            known[params, stop_tokens] = CapturedSteps(model, forward, slots, fresh)
+            known[params, stop_tokens] = CapturedSteps(forward, slots, fresh)
         return known[params, stop_tokens]
 
 
@@ -261,8 +261,8 @@ class _Decode:
                 torch.tensor(slots[start:end], device=device),
             )
             line_N = torch.tensor([t for line in lines[start:end] for t in line], device=device)
-            hidden_NH = self.steps.forward(line_N, layout.position_N, layout)
-            found.update(zip(slots[start:end], self.model.logits(hidden_NH[layout.end_B - 1])))
+            hidden_NH = self.steps.forward.hidden(line_N, layout.position_N, layout)
+            found.update(zip(slots[start:end], self.steps.forward.logits(hidden_NH[layout.end_B - 1])))
         return found
 
     def _prefill(self, prompts: list[Prompt]) -> None:
@@ -272,8 +272,8 @@ class _Decode:
         self.slots.prompt_length_P[lane_P] = length_P
         layout = Prefill(length_P, self.slots, lane_P)
         line_N = torch.tensor([t for p in prompts for t in p], device=device)
-        hidden_NH = self.steps.forward(line_N, layout.position_N, layout)
-        logits_PV = self.model.logits(hidden_NH[layout.end_B - 1])
+        hidden_NH = self.steps.forward.hidden(line_N, layout.position_N, layout)
+        logits_PV = self.steps.forward.logits(hidden_NH[layout.end_B - 1])
         self.first_logits.update(zip(prompts, logits_PV))
         self.lanes += prompts
 

@@ -5,7 +5,6 @@ import bisect
 from tandem.device import Graph, capture, graph_pool
 from tandem.engine.answers import Answers
 from tandem.engine.cache import Slots
-from tandem.model import LanguageModel
 from tandem.model.fused import Forward
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -19,8 +18,8 @@ class Steps:
 
     look_every = 1
 
-    def __init__(self, model: LanguageModel, forward: Forward, slots: Slots, answers: Answers) -> None:
-        self.model, self.forward, self.slots, self.answers = model, forward, slots, answers
+    def __init__(self, forward: Forward, slots: Slots, answers: Answers) -> None:
+        self.forward, self.slots, self.answers = forward, slots, answers
         self.rows = 0
 
     def seat(self, lanes: list[int]) -> None:
@@ -31,8 +30,8 @@ class Steps:
     def take(self, columns: int) -> None:
         """A step in which no answer has more than `columns` tokens before it."""
         position_B = self.slots.begin(self.answers.count_B, columns)
-        hidden_BH = self.forward(self.answers.token_B[: self.rows], position_B, self.slots)
-        self.answers.add(slice(0, self.rows), self.model.logits(hidden_BH))
+        hidden_BH = self.forward.hidden(self.answers.token_B[: self.rows], position_B, self.slots)
+        self.answers.add(slice(0, self.rows), self.forward.logits(hidden_BH))
 
 
 class FixedSteps(Steps):
@@ -56,8 +55,8 @@ class FixedSteps(Steps):
 class CapturedSteps(FixedSteps):
     """The same as CUDA graphs. Weights, cache and answers change in place, so a graph stays valid."""
 
-    def __init__(self, model: LanguageModel, forward: Forward, slots: Slots, answers: Answers) -> None:
-        super().__init__(model, forward, slots, answers)
+    def __init__(self, forward: Forward, slots: Slots, answers: Answers) -> None:
+        super().__init__(forward, slots, answers)
         self._graphs: dict[tuple[int, int], Graph] = {}
         self._pool = graph_pool()
 

@@ -1,10 +1,11 @@
 """The decoder of Qwen2, Qwen3 and Llama written out for sampling: few operations, on the model's own weights.
 
 Weights that read the same input lie side by side in one storage, each a parameter of its own as before; so one
-product does the work of three, and an optimizer that changes them in place changes nothing else.
+product does the work of three, and an optimizer that changes them in place changes nothing else. On a CPU they may be
+laid out anew for the time of sampling.
 """
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,31 +14,43 @@ from transformers import LlamaModel, Qwen2Model, Qwen3Model
 
 from tandem.model.attention import Layout
 from tandem.model.language_model import LanguageModel
-from tandem.model.product import Linear, added, gated, product
+from tandem.model.product import Linear, added, gated, laid_out, product
 
 FUSED = (Qwen2Model, Qwen3Model, LlamaModel)
 ROTATIONS = ("default", "linear", "llama3")
 """Rotary embeddings whose angles depend on the position alone."""
 
-Forward = Callable[[Tensor, Tensor, Layout], Tensor]
-"""(tokens_N, position_N, layout) -> [N, hidden], as `LanguageModel.hidden`."""
+
+class Forward(Protocol):
+    """What sampling asks of a `LanguageModel`."""
+
+    def hidden(self, tokens_N: Tensor, position_N: Tensor, layout: Layout) -> Tensor:
+        """[N, hidden] after the last layer, for a line of tokens."""
+        ...
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """[N, V] in float32."""
+        ...
 
 
-def sampling_forward(model: LanguageModel, positions: int) -> Forward:
-    """The fastest forward without gradient for rows of at most `positions` tokens; the model's own if unknown."""
+def sampling_forward(model: LanguageModel, positions: int, rows: int) -> Forward:
+    """The fastest forward without gradient for rows of at most `positions` tokens, about so many at once; the model's
+    own if unknown. On a CPU it may see no change of the weights that comes later."""
     decoder = model.decoder
     if not isinstance(decoder, FUSED) or decoder.rotary_emb.rope_type not in ROTATIONS:
-        return model.hidden
-    return Fused(decoder, positions)
+        return model
+    return Fused(model, positions, rows)
 
 
 class Fused:
     """A decoder's layers with joined projections; adapters run as they are."""
 
-    def __init__(self, decoder: Qwen2Model | Qwen3Model | LlamaModel, positions: int) -> None:
-        self.decoder = decoder
+    def __init__(self, model: LanguageModel, positions: int, rows: int) -> None:
+        self.model, self.decoder = model, model.decoder
+        decoder = self.decoder
         head_norms, silu = isinstance(decoder, Qwen3Model), decoder.config.hidden_act in ("silu", "swish")
-        self.layers = [_Layer(layer, head_norms, silu) for layer in decoder.layers]
+        self.layers = [_Layer(layer, head_norms, silu, rows) for layer in decoder.layers]
+        self.head = laid_out(model.head.weight, rows) if joins(model.head) else None
         embedding = decoder.embed_tokens.weight
         place_T = torch.arange(positions, device=embedding.device)
         cos_1TD, sin_1TD = decoder.rotary_emb(embedding[:1, None], place_T[None])
@@ -46,7 +59,7 @@ class Fused:
         sign_D = torch.ones_like(sin_1TD[0, 0]).index_fill_(0, torch.arange(half, device=sin_1TD.device), -1)
         self._cos_T1D, self._sin_T1D = cos_1TD[0, :, None], (sin_1TD[0] * sign_D)[:, None]
 
-    def __call__(self, tokens_N: Tensor, position_N: Tensor, layout: Layout) -> Tensor:
+    def hidden(self, tokens_N: Tensor, position_N: Tensor, layout: Layout) -> Tensor:
         cos_N1D = self._cos_T1D.index_select(0, position_N)
         sin_N1D = self._sin_T1D.index_select(0, position_N)
         hidden_NH = self.decoder.embed_tokens(tokens_N)
@@ -55,13 +68,19 @@ class Fused:
             hidden_NH = layer.feed_forward(hidden_NH)
         return norm(self.decoder.norm, hidden_NH)
 
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        return self.model.logits(hidden_NH) if self.head is None else product(hidden_NH, self.head)
+
 
 class _Layer:
-    def __init__(self, layer: nn.Module, head_norms: bool, silu: bool) -> None:
+    def __init__(self, layer: nn.Module, head_norms: bool, silu: bool, rows: int) -> None:
         self.layer, self.attn, self.mlp = layer, layer.self_attn, layer.mlp
-        self.into_heads = _Joined([self.attn.q_proj, self.attn.k_proj, self.attn.v_proj])
+        self.into_heads = _Joined([self.attn.q_proj, self.attn.k_proj, self.attn.v_proj], rows)
+        self.out, self.down = _Onto(self.attn.o_proj, rows), _Onto(self.mlp.down_proj, rows)
         gate, up = self.mlp.gate_proj, self.mlp.up_proj
         self.joins_gate = joins(gate) and joins(up) and silu
+        if self.joins_gate:
+            self.gate, self.up = laid_out(gate.weight, rows), laid_out(up.weight, rows)
         self.dim = self.attn.head_dim
         self.key_heads = self.into_heads.sizes[1] // self.dim
         self.query_heads = self.into_heads.sizes[0] // self.dim
@@ -79,32 +98,45 @@ class _Layer:
         out_NHD = layout.attend(
             index, q_NHD.transpose(0, 1), k_NHD.transpose(0, 1), v_NHD.transpose(0, 1), self.attn.scaling
         )
-        return onto(x_NH, self.attn.o_proj, out_NHD.reshape(len(x_NH), -1))
+        return self.out(x_NH, out_NHD.reshape(len(x_NH), -1))
 
     def feed_forward(self, x_NH: Tensor) -> Tensor:
         normed_NH = norm(self.layer.post_attention_layernorm, x_NH)
         if self.joins_gate:
-            inner_NF = gated(normed_NH, self.mlp.gate_proj.weight, self.mlp.up_proj.weight)
+            inner_NF = gated(normed_NH, self.gate, self.up)
         else:
             inner_NF = self.mlp.act_fn(self.mlp.gate_proj(normed_NH)) * self.mlp.up_proj(normed_NH)
-        return onto(x_NH, self.mlp.down_proj, inner_NF)
+        return self.down(x_NH, inner_NF)
 
 
 class _Joined:
     """Linear layers that read the same input, as one product where all of them are plain."""
 
-    def __init__(self, layers: list[nn.Module]) -> None:
+    def __init__(self, layers: list[nn.Module], rows: int) -> None:
         self.layers = layers
         self.sizes = [int(layer.out_features) for layer in layers]
         self.plain = all(map(is_plain, layers))
         if self.plain:
-            self.weight = joined([layer.weight for layer in layers])
+            self.weight = laid_out(joined([layer.weight for layer in layers]), rows)
             self.bias = None if layers[0].bias is None else joined([layer.bias for layer in layers])
 
     def __call__(self, x_NH: Tensor) -> Tensor:
         if self.plain:
             return product(x_NH, self.weight, self.bias)
         return torch.cat([layer(x_NH) for layer in self.layers], dim=-1)
+
+
+class _Onto:
+    """residual + layer(x)"""
+
+    def __init__(self, layer: nn.Module, rows: int) -> None:
+        self.layer = layer
+        self.weight = laid_out(layer.weight, rows) if joins(layer) else None
+
+    def __call__(self, residual_NH: Tensor, x_NF: Tensor) -> Tensor:
+        if self.weight is None:
+            return residual_NH + self.layer(x_NF)
+        return added(residual_NH, x_NF, self.weight)
 
 
 def joined(parameters: list[nn.Parameter]) -> Tensor:
@@ -137,11 +169,6 @@ def norm(module: nn.Module, x: Tensor) -> Tensor:
     if x.dtype != torch.float32:
         return module(x)
     return rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
-
-
-def onto(residual_NH: Tensor, layer: nn.Module, x_NF: Tensor) -> Tensor:
-    """residual + layer(x)"""
-    return added(residual_NH, x_NF, layer.weight) if joins(layer) else residual_NH + layer(x_NF)
 
 
 def joins(layer: nn.Module) -> bool:

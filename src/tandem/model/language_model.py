@@ -38,7 +38,7 @@ class LanguageModel:
         self.network: PreTrainedModel = module.get_base_model() if isinstance(module, PeftModel) else module
         self.decoder: nn.Module = self.network.get_decoder()
         """The layers between embedding and output head, with both norms but without the head."""
-        self._head: nn.Module = head_of(self.network)
+        self.head: nn.Module = head_of(self.network)
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +100,7 @@ class LanguageModel:
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """[N, V] in float32."""
-        return self._head(hidden_NH).float()
+        return self.head(hidden_NH).float()
 
     @property
     def logits_width(self) -> int:

@@ -1,7 +1,8 @@
-"""Products with weights: on CPUs with AVX-512 by oneDNN, where PyTorch's own would use half of the vector units.
+"""Products with weights on a CPU: by oneDNN where PyTorch's own would leave a part of the CPU idle.
 
 PyTorch multiplies float32 matrices with MKL, which takes its AVX-512 kernels on one maker's CPUs only. oneDNN, which
-PyTorch carries for short types, takes them on all. Both compute in float32.
+PyTorch carries for short types, takes them on all. It also takes weights that were laid out before, as MKL does at
+every product anew, and then keeps several threads busy with the few rows of a decoding step. Both compute in float32.
 """
 
 from typing import Any
@@ -15,6 +16,8 @@ from tandem.device import wide_vectors
 
 LEAST = 2**21
 """Multiplications below which a call of oneDNN costs more than it saves."""
+FEW = 8
+"""Rows below which weights are not laid out anew: reading them is then all there is to a product."""
 
 
 class Product(torch.autograd.Function):
@@ -56,6 +59,16 @@ def quicken(network: nn.Module) -> None:
                 layer.__class__ = Linear
 
 
+def laid_out(weight_OI: Tensor, rows: int) -> Tensor:
+    """A copy of the weight for many products with about so many rows, where that is faster; else the weight itself.
+    The copy knows nothing of later changes."""
+    plain = type(weight_OI) in (Tensor, nn.Parameter) and weight_OI.device.type == "cpu"
+    parallel = wide_vectors() or (torch.get_num_threads() > 1 and torch.backends.mkldnn.is_available())
+    if not plain or weight_OI.dtype != torch.float32 or rows < FEW or not parallel:
+        return weight_OI
+    return torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), rows)
+
+
 def product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: x weight' + bias over the last dimension of x."""
     if not _quick(x, weight_OI):
@@ -81,7 +94,9 @@ def gated(x_NI: Tensor, gate_OI: Tensor, up_OI: Tensor) -> Tensor:
 
 
 def _quick(x: Tensor, weight_OI: Tensor) -> bool:
-    """Both are plain float32 tensors on a CPU where it pays, and enough of them."""
+    """The weight was laid out for it, or both are plain float32 tensors on a CPU where it pays, and enough of them."""
+    if weight_OI.is_mkldnn:
+        return True
     if x.dtype != torch.float32 or weight_OI.dtype != torch.float32 or x.device.type != "cpu":
         return False
     plain = type(x) is Tensor and type(weight_OI) in (Tensor, nn.Parameter)

@@ -53,7 +53,7 @@ class PipelinedModel(ShardedModel):
 
     def _tie(self) -> None:
         if self._last and self._tied:
-            self._head.weight = self.decoder.embed_tokens.weight
+            self.head.weight = self.decoder.embed_tokens.weight
 
     def check_forward(self) -> None:
         """`check_fit` has let in only models whose layers follow each other as `_through` has them."""
