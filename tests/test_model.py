@@ -20,6 +20,7 @@ from tandem.config.sections import Lora, Model
 from tandem.engine import EmbeddedEngine, Request, SamplingParams
 from tandem.errors import ConfigError, RunError
 from tandem.model import LanguageModel, load, load_frozen, token_logprobs
+from tandem.model.head import chosen_logprobs
 from tandem.model.load import with_adapter
 from tandem.model.new import new_tokenizer
 from tandem.types import pad
@@ -99,6 +100,30 @@ def test_chunked_head_gives_the_same_values_and_gradients(logits_bytes):
     torch.testing.assert_close(cut_entropy, entropy, atol=1e-5, rtol=0)
     for name, grad in grads.items():
         torch.testing.assert_close(cut_grads[name], grad, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("spread", [1.0, 40.0])
+def test_chosen_logprobs_and_their_gradient_are_exact_however_far_logits_are_apart(spread):
+    logits_MV = (100 + spread * torch.randn(64, 300)).requires_grad_()
+    chosen_M, upstream_M = torch.randint(300, (64,)), torch.randn(64)
+    logp_M, entropy_M = chosen_logprobs(logits_MV, chosen_M)
+    (dlogits_MV,) = torch.autograd.grad(logp_M, logits_MV, upstream_M, retain_graph=True)
+    exact_MV = logits_MV.detach().double().requires_grad_()
+    all_MV = exact_MV.log_softmax(-1)
+    exact_M = all_MV.gather(-1, chosen_M[:, None]).squeeze(-1)
+    torch.testing.assert_close(logp_M.double(), exact_M, atol=1e-4, rtol=1e-6)
+    exact_entropy_M = -(all_MV.exp() * all_MV).sum(-1)
+    torch.testing.assert_close(entropy_M.double(), exact_entropy_M, atol=2e-4, rtol=0)
+    (exact_dlogits_MV,) = torch.autograd.grad(exact_M, exact_MV, upstream_M.double())
+    torch.testing.assert_close(dlogits_MV.double(), exact_dlogits_MV, atol=1e-5, rtol=1e-4)
+    assert not entropy_M.requires_grad
+    with pytest.raises(RuntimeError, match="inplace"):
+        torch.autograd.grad(logp_M, logits_MV, upstream_M)
+
+
+def test_the_entropy_has_a_gradient_where_a_loss_asks_for_it():
+    logits_MV, chosen_M = torch.randn(8, 30, dtype=torch.double, requires_grad=True), torch.arange(8)
+    assert torch.autograd.gradcheck(lambda x: chosen_logprobs(x, chosen_M, True), logits_MV)
 
 
 def test_gradients_of_a_pack_are_those_of_a_padded_forward_with_attention_mask():
