@@ -172,7 +172,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_too_many_end_the_run(plac
     ("change", "said"),
     [
         ("nowhere", r"critic\.path=.*nowhere does not exist"),
-        ("labels", r"critic\.path=.*labels cannot be loaded as a model of values"),
+        ("labels", r"critic\.path=.*labels has a head \(score\.weight\) with 2 outputs"),
         ("bias", r"critic\.path=.*bias has a head with a bias"),
         ("half", r"critic\.path=.*half lacks \d+ weights: model\."),
         ("words", r"critic\.path=.*words: its tokenizer has \d+ entries and the policy's has \d+"),

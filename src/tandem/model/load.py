@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,8 +19,9 @@ from tandem.config.sections import Lora, Model
 from tandem.errors import ConfigError
 from tandem.model.attention import NAME
 from tandem.model.language_model import LanguageModel
-from tandem.model.new import new_network, new_tokenizer
+from tandem.model.new import embedding_rows, new_network, new_tokenizer
 
+REFERENCE_KEY = "reference.path"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -57,12 +58,12 @@ def load(
 
 
 def load_frozen(
-    path: str, dtype: str, device: torch.device, trust_remote_code: bool = False
+    path: str, dtype: str, device: torch.device, trust_remote_code: bool = False, key: str = "model.path"
 ) -> LanguageModel:
-    """A model that is only read: a reference."""
-    source = existing(path)
-    network = load_network(source, DTYPES[dtype], trust_remote_code).to(device).requires_grad_(False)
-    model = LanguageModel(network.eval(), load_tokenizer(source, trust_remote_code), source)
+    """A model that is only read: a reference; `key` names it in errors."""
+    source = existing(path, key)
+    network = load_network(source, DTYPES[dtype], trust_remote_code, key).to(device).requires_grad_(False)
+    model = LanguageModel(network.eval(), load_tokenizer(source, trust_remote_code, key), source)
     model.check_forward()
     return model
 
@@ -100,7 +101,72 @@ def check_vocabulary(
         )
 
 
-def load_network(source: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+def vocab_size_of(config: Model, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Output rows of the policy, from its description."""
+    if config.new is not None:
+        return embedding_rows(tokenizer)
+    assert config.path is not None
+    return int(describe(config.path, config.trust_remote_code).get_text_config().vocab_size)
+
+
+def check_reference(
+    path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int, trust: bool = False
+) -> None:
+    """ConfigError where a model cannot be the reference of a policy with this tokenizer and so many output rows. No
+    weight is read."""
+    source = existing(path, REFERENCE_KEY)
+    check_vocabulary(tokenizer, load_tokenizer(source, trust, REFERENCE_KEY), REFERENCE_KEY, path)
+    config = describe(source, trust, REFERENCE_KEY)
+    rows = config.get_text_config().vocab_size
+    if rows != vocab_size:
+        raise ConfigError(
+            f"{REFERENCE_KEY}={path} has {rows} output rows and the policy has {vocab_size}: token probabilities "
+            "cannot be compared; use a reference of the same family"
+        )
+    try:
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(
+                config, attn_implementation=NAME, trust_remote_code=trust
+            )
+    except ValueError as cause:
+        raise ConfigError(
+            f"{REFERENCE_KEY}={path} is no causal language model: {first_line(cause)}; give one of the policy's family"
+        ) from cause
+    if Path(source).is_dir():
+        check_output(Path(source), network)
+
+
+def check_output(folder: Path, network: PreTrainedModel) -> None:
+    """ConfigError where a folder has no weights for the output head, as that of a model with another kind of head."""
+    there = shapes_in(folder, REFERENCE_KEY)
+    head = network.get_output_embeddings().weight
+    names = [name for name, weight in network.named_parameters(remove_duplicate=False) if weight is head]
+    # One that is the input embedding, too, is there under either name.
+    if len(names) == 1 and not any(key.endswith(names[0]) for key in there):
+        raise ConfigError(
+            f"{REFERENCE_KEY}={folder} has no output head ({names[0]}); give the folder of a causal language model"
+        )
+
+
+def shapes_in(folder: Path, key: str) -> dict[str, list[int]]:
+    """Of the tensors in a folder's safetensors, by name, from their headers; ConfigError where there are none."""
+    found: dict[str, list[int]] = {}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"{key}={folder} has no safetensors; give the folder of a Hugging Face model")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                names = weights.keys()
+                found |= {name: weights.get_slice(name).get_shape() for name in names}
+        except SafetensorError as cause:
+            raise ConfigError(f"{key}={folder}: {file.name} is damaged: {first_line(cause)}") from cause
+    return found
+
+
+def load_network(
+    source: str, dtype: torch.dtype, trust_remote_code: bool = False, key: str = "model.path"
+) -> PreTrainedModel:
     """Weights from safetensors only; every tensor that the architecture needs must be there."""
     try:
         network, report = AutoModelForCausalLM.from_pretrained(
@@ -112,11 +178,11 @@ def load_network(source: str, dtype: torch.dtype, trust_remote_code: bool = Fals
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as cause:
-        raise ConfigError(f"model.path={source} cannot be loaded: {first_line(cause)}") from cause
+        raise ConfigError(f"{key}={source} cannot be loaded: {first_line(cause)}") from cause
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:5])
         raise ConfigError(
-            f"model.path={source} lacks {len(report['missing_keys'])} weights: {missing}; download the folder again"
+            f"{key}={source} lacks {len(report['missing_keys'])} weights: {missing}; download the folder again"
         )
     return network
 

@@ -33,10 +33,15 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def embedding_rows(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Of a new model: its entries, and some without a token up to a multiple of 8."""
+    return -(-len(tokenizer) // 8) * 8
+
+
 def new_network(shape: NewModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=-(-len(tokenizer) // 8) * 8,
+        vocab_size=embedding_rows(tokenizer),
         hidden_size=shape.hidden_size,
         intermediate_size=shape.hidden_size * 3,
         num_hidden_layers=shape.layers,

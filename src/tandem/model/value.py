@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedConfig,
@@ -19,7 +19,15 @@ from tandem.errors import ConfigError
 from tandem.model.attention import NAME
 from tandem.model.head import VALUE
 from tandem.model.language_model import LanguageModel
-from tandem.model.load import DTYPES, check_vocabulary, existing, first_line, load_tokenizer
+from tandem.model.load import (
+    DTYPES,
+    check_vocabulary,
+    describe,
+    existing,
+    first_line,
+    load_tokenizer,
+    shapes_in,
+)
 
 KEY, REWARD_KEY = "critic.path", "reward.model.path"
 HEAD, BIAS = f"{VALUE}.weight", f"{VALUE}.bias"
@@ -29,8 +37,7 @@ def load_value(
     path: str, dtype: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, trust: bool = False
 ) -> LanguageModel:
     """The model in a folder, which has a head with one output, or none of that kind: its values then begin at 0."""
-    source = existing(path, KEY)
-    check_vocabulary(tokenizer, load_tokenizer(source, trust, KEY), KEY, path)
+    source = check_value(path, tokenizer, trust)
     network = read_network(source, DTYPES[dtype], trust, KEY, optional=frozenset({HEAD}))
     return LanguageModel(network.to(device), tokenizer, source)
 
@@ -39,41 +46,31 @@ def load_reward_model(
     path: str, dtype: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, trust: bool = False
 ) -> LanguageModel:
     """The model in a folder, which has a head with one output; it is only read."""
-    source = check_reward_model(path, tokenizer, trust)
+    source = check_value(path, tokenizer, trust, REWARD_KEY)
     network = read_network(source, DTYPES[dtype], trust, REWARD_KEY)
     return LanguageModel(network.to(device).requires_grad_(False).eval(), tokenizer, source)
 
 
-def check_reward_model(path: str, tokenizer: PreTrainedTokenizerBase, trust: bool = False) -> str:
-    """Where it is read from; ConfigError where it means other texts by its tokens than the policy, or where a folder
-    has no head. No weight is read."""
-    source = existing(path, REWARD_KEY)
-    check_vocabulary(tokenizer, load_tokenizer(source, trust, REWARD_KEY), REWARD_KEY, path)
+def check_value(path: str, tokenizer: PreTrainedTokenizerBase, trust: bool = False, key: str = KEY) -> str:
+    """Where a critic or a reward model, which `key` tells, is read from; ConfigError where it means other texts by its
+    tokens than the policy, or where no such model can be made of it. No weight is read."""
+    source = existing(path, key)
+    check_vocabulary(tokenizer, load_tokenizer(source, trust, key), key, path)
+    empty_value(describe(source, trust, key), torch.float32, trust, key)
     if Path(source).is_dir():
-        check_head(Path(source))
+        check_head(Path(source), key)
     return source
 
 
-def check_head(folder: Path) -> None:
-    """ConfigError where the weights of a folder are not those of a sequence classifier with one output."""
-    found: dict[str, list[int]] = {}
-    files = sorted(folder.glob("*.safetensors"))
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as weights:
-                names = {HEAD, BIAS}.intersection(weights.keys())
-                found |= {name: weights.get_slice(name).get_shape() for name in names}
-        except SafetensorError as cause:
-            raise ConfigError(
-                f"{REWARD_KEY}={folder}: {file.name} is damaged: {first_line(cause)}"
-            ) from cause
-    if not files:
-        raise unfit(REWARD_KEY, str(folder), "has no safetensors")
-    if HEAD not in found:
-        raise unfit(REWARD_KEY, str(folder), f"has no head ({HEAD})")
-    if found[HEAD][0] != 1:
-        raise unfit(REWARD_KEY, str(folder), f"has a head ({HEAD}) with {found[HEAD][0]} outputs")
-    check_bias(REWARD_KEY, str(folder), found)
+def check_head(folder: Path, key: str) -> None:
+    """ConfigError where the weights of a folder are not those of a sequence classifier with one output. A critic needs
+    no head."""
+    found = shapes_in(folder, key)
+    if HEAD not in found and key == REWARD_KEY:
+        raise unfit(key, str(folder), f"has no head ({HEAD})")
+    if HEAD in found and found[HEAD][0] != 1:
+        raise unfit(key, str(folder), f"has a head ({HEAD}) with {found[HEAD][0]} outputs")
+    check_bias(key, str(folder), found)
 
 
 def value_like(policy: LanguageModel) -> LanguageModel:

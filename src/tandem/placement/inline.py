@@ -20,7 +20,7 @@ from tandem.errors import ConfigError
 from tandem.learner import Actor, Critic, Reference
 from tandem.model import LanguageModel, load_frozen
 from tandem.model.compiled import compile_blocks
-from tandem.model.load import check_vocabulary
+from tandem.model.load import REFERENCE_KEY, check_reference
 from tandem.model.value import load_reward_model, load_value, value_like
 from tandem.placement.copied import CopiedEngine, vllm_beside
 from tandem.reward_model import RewardModel
@@ -137,15 +137,9 @@ def check_attention(run: Run, device: torch.device) -> None:
 def reference_of(run: Run, model: LanguageModel, folder: Path | None) -> Reference:
     """The model that the KL term pulls to: a given one, the policy without its adapter, or its copy."""
     if run.reference.path is not None:
-        reference = load_frozen(
-            run.reference.path, run.model.dtype, model.device, run.model.trust_remote_code
-        )
-        check_vocabulary(model.tokenizer, reference.tokenizer, "reference.path", run.reference.path)
-        if reference.vocab_size != model.vocab_size:
-            raise ConfigError(
-                f"reference.path={run.reference.path} has {reference.vocab_size} output rows and the policy has "
-                f"{model.vocab_size}: token probabilities cannot be compared; use a reference of the same family"
-            )
+        path, trust = run.reference.path, run.model.trust_remote_code
+        check_reference(path, model.tokenizer, model.vocab_size, trust)
+        reference = load_frozen(path, run.model.dtype, model.device, trust, REFERENCE_KEY)
         return Reference(reference, run, adapter_off=False)
     if run.model.lora is not None:
         return Reference(model, run, adapter_off=True)

@@ -9,6 +9,7 @@ from tandem.config.run import Run
 from tandem.device import pick
 from tandem.learner import Actor, Critic, Reference
 from tandem.model import tokenizer_of
+from tandem.model.load import check_reference
 from tandem.model.parallel.grid import Grid, connect
 from tandem.model.parallel.load import load_frozen_sharded, load_sharded
 from tandem.model.parallel.model import ShardedModel
@@ -46,6 +47,8 @@ def build_reference(run: Run, layout: Layout, actor: Actor, folder: Path | None 
         return Reference(model, run, adapter_off=True)
     grid = Grid(layout, model.device, "reference.layout")
     trust = run.model.trust_remote_code
+    if run.reference.path is not None:
+        check_reference(run.reference.path, model.tokenizer, model.vocab_size, trust)
     if given is not None:
         frozen = load_frozen_sharded(given, run.model.dtype, grid, trust_remote_code=trust)
         return Reference(frozen, run, adapter_off=False)

@@ -26,6 +26,7 @@ from tandem.model import tokenizer_of
 from tandem.model.load import existing
 from tandem.rewards.scorer import Scorer
 from tandem.train import footprint, trial
+from tandem.train.beside import look_at_others
 from tandem.train.critic_bytes import critic_shape, saved_bytes, with_critic
 from tandem.train.finding import Finding, Line
 from tandem.train.folder_bytes import folder_bytes
@@ -55,6 +56,8 @@ class Bench:
     shape: Shape | None = None
     train: PromptSet | None = None
     held_out: PromptSet | None = None
+    others: bool = False
+    """Reference and critic, where they are given, can be loaded."""
 
     def longest_prompt(self) -> int:
         """Of the questions that were read, else what data.max_prompt_tokens allows."""
@@ -96,7 +99,9 @@ def look_at_model(bench: Bench) -> list[Line]:
         lines = missing_weights(folder)
     trained = "" if shape.trainable == shape.parameters else f", {shape.trainable:,} of them trained"
     sizes = f"{shape.parameters:,} parameters{trained}, {shape.positions:,} positions"
-    return [("ok", f"{model.path or 'model.new'}: {sizes}"), *lines]
+    others = look_at_others(bench.run, bench.tokenizer)
+    bench.others = all(status == "ok" for status, _ in others)
+    return [("ok", f"{model.path or 'model.new'}: {sizes}"), *lines, *others]
 
 
 def missing_weights(folder: Path) -> list[Line]:
@@ -116,7 +121,7 @@ def missing_weights(folder: Path) -> list[Line]:
 def look_at_layout(bench: Bench) -> list[Line]:
     """Whether the layouts fit the models, by their sizes: no learner is started and no weight is read for it."""
     run, learners = bench.run, bench.run.placement.learners
-    check_layouts(run, tokenizer(bench))
+    check_layouts(run, tokenizer_of_all(bench))
     if learners == 1:
         return [("ok", "one learner, which holds the model whole")]
     ours, other = layouts_of(run)
@@ -220,7 +225,7 @@ def look_at_memory(bench: Bench) -> list[Line]:
     need = footprint.memory(run, shape(bench), bench.longest_prompt(), reference, *axes)
     on_device, on_host = free_bytes(device), footprint.host_bytes()
     if run.needs_critic:
-        critic = critic_shape(run, shape(bench), tokenizer(bench))
+        critic = critic_shape(run, shape(bench), tokenizer_of_all(bench))
         need = with_critic(need, run, critic, bench.longest_prompt(), critics)
     need = with_reward_model(need, run, judges)
     free = on_host if on_device is None else on_device
@@ -261,7 +266,7 @@ def look_at_disk(bench: Bench) -> list[Line]:
     folder = Path(bench.run.run_dir)
     run, critic = bench.run, 0
     if run.needs_critic:
-        critic = saved_bytes(run, critic_shape(run, shape(bench), tokenizer(bench)))
+        critic = saved_bytes(run, critic_shape(run, shape(bench), tokenizer_of_all(bench)))
     parts = folder_bytes(run, shape(bench), bench.longest_prompt(), critic)
     total = sum(parts.values())
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
@@ -332,6 +337,13 @@ def tokenizer(bench: Bench) -> PreTrainedTokenizerBase:
     return bench.tokenizer
 
 
+def tokenizer_of_all(bench: Bench) -> PreTrainedTokenizerBase:
+    """Of the policy, and of reference and critic, which can be loaded."""
+    if not bench.others:
+        raise NotChecked("model")
+    return tokenizer(bench)
+
+
 def shape(bench: Bench) -> Shape:
     if bench.shape is None:
         raise NotChecked("model")
@@ -351,7 +363,7 @@ def reference_shape(bench: Bench) -> Shape | None:
         return None
     if run.reference.path is None:
         return shape(bench)
-    return footprint.shape_of(run.model, tokenizer(bench), run.reference.path)
+    return footprint.shape_of(run.model, tokenizer_of_all(bench), run.reference.path)
 
 
 LOOKS: dict[str, Callable[[Bench], list[Line]]] = {

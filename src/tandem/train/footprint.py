@@ -129,13 +129,15 @@ def shape_of(model: Model, tokenizer: PreTrainedTokenizerFast | None, path: str 
 
 
 def config_of(
-    model: Model, tokenizer: PreTrainedTokenizerFast | None, path: str | None = None
+    model: Model, tokenizer: PreTrainedTokenizerFast | None, path: str | None = None, key: str = "model.path"
 ) -> PreTrainedConfig:
-    """Of the policy, or of the model in `path`, without its weights."""
+    """Of the policy, or of the model in `path`, which `key` names, without its weights."""
     if path is None and model.new is not None:
         with torch.device("meta"):
             return bare_network(model, tokenizer).config
-    return describe(path or str(model.path), model.trust_remote_code).get_text_config()
+    if path is None:
+        path, key = str(model.path), "model.path"
+    return describe(path, model.trust_remote_code, key).get_text_config()
 
 
 EXPERT = ".experts."

@@ -4,8 +4,9 @@ from transformers import PreTrainedTokenizerFast
 
 from tandem.config.run import Run
 from tandem.model import describe
+from tandem.model.load import REFERENCE_KEY
 from tandem.model.parallel.fit import check_adapter, check_fit
-from tandem.model.value import REWARD_KEY
+from tandem.model.value import KEY, REWARD_KEY
 from tandem.train.footprint import config_of
 from tandem.train.plan.axes import ALONE, Axes
 
@@ -20,10 +21,10 @@ def check_layouts(run: Run, tokenizer: PreTrainedTokenizerFast | None) -> None:
     check_fit(run.learner.layout, config_of(run.model, tokenizer), learners, "learner.layout")
     check_adapter(run.learner.layout, run.model.lora, "learner.layout")
     if holds_reference(run):
-        config = config_of(run.model, tokenizer, run.reference.path)
+        config = config_of(run.model, tokenizer, run.reference.path, REFERENCE_KEY)
         check_fit(run.reference.layout, config, learners, "reference.layout")
     if run.needs_critic:
-        config = config_of(run.model, tokenizer, run.critic.path)
+        config = config_of(run.model, tokenizer, run.critic.path, KEY)
         check_fit(run.critic.layout, config, learners, "critic.layout")
     if (judge := run.reward.model) is not None:
         config = describe(judge.path, run.model.trust_remote_code, REWARD_KEY).get_text_config()

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from tandem.config.run import Run
 from tandem.model import describe
 from tandem.model.language_model import longest_row
-from tandem.model.value import REWARD_KEY, check_reward_model
+from tandem.model.value import REWARD_KEY, check_value
 from tandem.train.critic_bytes import with_one_output
 from tandem.train.finding import Line
 from tandem.train.footprint import Memory, Shape, frozen, shape_of
@@ -20,7 +20,7 @@ def look_at_reward_model(run: Run, tokenizer: PreTrainedTokenizerBase, longest_p
     if config is None:
         return []
     trust = run.model.trust_remote_code
-    source = check_reward_model(config.path, tokenizer, trust)
+    source = check_value(config.path, tokenizer, trust, REWARD_KEY)
     longest = longest_prompt + run.sampling.max_answer_tokens
     positions = longest_row(describe(source, trust, REWARD_KEY).get_text_config())
     said = f"{config.name}: {source}, {positions:,} positions"

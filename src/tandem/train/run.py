@@ -24,12 +24,12 @@ from tandem.model import LanguageModel, tokenizer_of
 from tandem.model import describe as describe_model
 from tandem.model import load as load_model
 from tandem.model.language_model import longest_row
-from tandem.model.value import check_reward_model
 from tandem.placement import inline
 from tandem.placement.cluster.build import build
 from tandem.placement.cluster.lost import EnginesLost
 from tandem.rewards.scorer import Scorer
 from tandem.train import snapshot
+from tandem.train.beside import check_models
 from tandem.train.interrupt import Interrupted, Interruption
 from tandem.train.reinforce import reinforce
 from tandem.train.session import Session
@@ -92,8 +92,7 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
     torch.manual_seed(run.seed)
     scorer = stack.enter_context(Scorer(run.reward, run.sampling.max_answer_tokens))
     tokenizer = tokenizer_of(run.model)
-    if run.reward.model is not None and run.placement.kind == "inline":
-        check_reward_model(run.reward.model.path, tokenizer, run.model.trust_remote_code)
+    check_models(run, tokenizer)
     prompts = load_prompts(run.data, run.data.train, tokenizer, limit=run.data.limit)
     console.print(prompts.sentence(), highlight=False)
     held_out = held_out_questions(run, tokenizer)

@@ -18,7 +18,7 @@ from tandem.config.sections import Lora, Model
 from tandem.errors import ConfigError
 from tandem.model.attention import NAME
 from tandem.model.language_model import LanguageModel
-from tandem.model.load import DTYPES, describe, existing, load_tokenizer, with_adapter
+from tandem.model.load import DTYPES, REFERENCE_KEY, describe, existing, load_tokenizer, with_adapter
 from tandem.model.mixture import apart, as_saved, experts_first, is_mixture
 from tandem.model.new import new_network
 from tandem.model.parallel.expert import first_row
@@ -63,7 +63,7 @@ def load_frozen_sharded(
     path: str, dtype: str, grid: Grid, *, trust_remote_code: bool = False, where: str = "reference.layout"
 ) -> ShardedModel:
     """A model that is only read, on the processes of a grid. Collective."""
-    source = existing(path)
+    source = existing(path, REFERENCE_KEY)
     network = empty_network(source, DTYPES[dtype], trust_remote_code).requires_grad_(False).eval()
     model = kind_of(grid)(network, load_tokenizer(source, trust_remote_code), source, grid, where)
     read_weights(model, Path(downloaded(source)))

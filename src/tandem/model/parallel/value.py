@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from tandem.model.load import check_vocabulary, describe, existing, load_tokenizer
+from tandem.model.load import describe
 from tandem.model.parallel.grid import Grid
-from tandem.model.parallel.load import downloaded, kind_of, read_weights, tensors_in
+from tandem.model.parallel.load import downloaded, kind_of, read_weights
 from tandem.model.parallel.model import ShardedModel
-from tandem.model.value import HEAD, KEY, REWARD_KEY, check_bias, check_reward_model, empty_value
+from tandem.model.value import HEAD, KEY, REWARD_KEY, check_head, check_value, empty_value
 
 
 def value_sharded(
@@ -16,10 +16,11 @@ def value_sharded(
 ) -> ShardedModel:
     """A critic on the processes of a grid: the model of a folder, or the policy's layers, any adapter merged. Without
     a head of its own its values begin at 0. Collective."""
-    source = policy.source if path is None else existing(path, KEY)
-    config = policy.network.config if path is None else describe(source, trust_remote_code)
-    if path is not None:
-        check_vocabulary(policy.tokenizer, load_tokenizer(source, trust_remote_code, KEY), KEY, path)
+    if path is None:
+        source, config = policy.source, policy.network.config
+    else:
+        source = check_value(path, policy.tokenizer, trust_remote_code)
+        config = describe(source, trust_remote_code)
     network = empty_value(config, policy.network.dtype, trust_remote_code)
     model = kind_of(grid)(network, policy.tokenizer, source, grid, "critic.layout")
     # Of a pipeline only the last stage has it.
@@ -29,7 +30,7 @@ def value_sharded(
         model.take_over(policy)
     else:
         folder = Path(downloaded(source))
-        check_bias(KEY, source, tensors_in(folder))
+        check_head(folder, KEY)
         read_weights(model, folder, optional=frozenset({HEAD}))
     return model
 
@@ -38,7 +39,7 @@ def reward_model_sharded(
     policy: ShardedModel, grid: Grid, path: str, trust_remote_code: bool = False
 ) -> ShardedModel:
     """The reward model of a folder, on the processes of a grid; it is only read. Collective."""
-    source = check_reward_model(path, policy.tokenizer, trust_remote_code)
+    source = check_value(path, policy.tokenizer, trust_remote_code, REWARD_KEY)
     config = describe(source, trust_remote_code, REWARD_KEY)
     network = empty_value(config, policy.network.dtype, trust_remote_code, REWARD_KEY)
     frozen = network.requires_grad_(False).eval()
