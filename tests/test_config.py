@@ -171,6 +171,14 @@ def test_a_wrong_value_is_named_with_what_is_expected(override, expected, tmp_pa
         (["sampling.min_answer_tokens=300"], "sampling.min_answer_tokens is above"),
         (["reward.overlong_buffer=300"], "reward.overlong_buffer is above"),
         (["data.train=x.jsonl", "warmup.steps=3"], "warmup needs model.new and a task"),
+        (
+            ["reward.column=kind"],
+            "reward.column='kind' chooses between reward.functions and reward.model, and there is no reward.model",
+        ),
+        (
+            ["reward.column=kind", "reward.functions=[]", "reward.model.path=x"],
+            "there is no reward.functions",
+        ),
         (["eval.correct=other"], "eval.correct='other' is not one of reward.functions"),
         (["model.lora.rank=4", "reference.refresh_every=3"], "reference.refresh_every needs full weights"),
     ],

@@ -2,6 +2,7 @@
 the same whenever it is computed."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tandem.model.value import load_reward_model
 from tandem.placement.inline import reward_model_of
 from tandem.reward_model import RewardModel
 from tandem.rewards.scorer import Scorer
-from tandem.rollout import EVAL, Units
+from tandem.rollout import EVAL, Judging, Units
 from test_stream import COIN, DIGITS, make, model, scorer  # noqa: F401
 from tiny_models import classifier, language_model, row_scores, spoiled
 from tiny_step import batch, run
@@ -178,6 +179,81 @@ def test_a_failed_function_is_not_made_good_by_the_model(judged):
         for r in g.rollouts
     ]
     assert {score.failure for score in scores} == {"error"}
+
+
+def by_row(stream, kinds) -> list:
+    """Its prompts, so many as there are letters: `r` for the functions, `m` for the model."""
+    names = {"r": "rule", "m": "model"}
+    return [replace(p, scored_by=names[kind]) for p, kind in zip(stream.prompts.prompts, kinds)]
+
+
+@pytest.fixture
+def units_of(monkeypatch) -> list[list[int]]:
+    """The questions of each unit that a reward model is given, by their ids."""
+    given, begin = [], RewardModel.begin
+
+    def watched(self, unit):
+        given.append([group.prompt.id for group in unit])
+        return begin(self, unit)
+
+    monkeypatch.setattr(RewardModel, "begin", watched)
+    return given
+
+
+def test_each_row_is_scored_by_functions_or_model_alone(judged, folder, units_of):
+    """Lengths are judged in either case."""
+    stream = judged(overlong_buffer=2, overlong_penalty=0.25)
+    kinds = "rmmrrmrmmmrm"
+    groups = stream.sampler.sample(by_row(stream, kinds), range(12), answers=3)
+    expected = iter(row_scores(folder, [r.tokens for g in groups for r in g.rollouts]))
+    for kind, group in zip(kinds, groups, strict=True):
+        for r in group.rollouts:
+            value, parts = next(expected), r.score.parts
+            if kind == "r":
+                assert dict(parts) == {"answer_number": 1.0 if r.text == "1" else -1.0, "overlong": -0.125}
+                assert r.score.reward == 0.5 * parts["answer_number"] - 0.125
+            else:
+                assert dict(parts) == {"judge": pytest.approx(value, abs=1e-5), "overlong": -0.125}
+                assert r.score.reward == -2.0 * parts["judge"] - 0.125
+    size = stream.sampler.run.unit(7, 3)
+    rows = [i for i, kind in enumerate(kinds) if kind == "m"]
+    assert sorted(units_of) == [rows[first : first + size] for first in range(0, 7, size)]
+
+
+def test_where_all_rows_are_for_functions_the_model_is_not_asked(judged, units_of):
+    stream = judged()
+    groups = stream.sampler.sample(by_row(stream, "rrrr"), range(4), answers=2)
+    assert not units_of and all(len(group.rewards) == 2 for group in groups)
+    assert stream.sampler.take_seconds()["timing/reward_model"] == 0
+
+
+def test_a_function_is_not_called_for_a_row_of_the_model(judged, tmp_path):
+    """Neither one that scores answers alone, nor one that scores those of a question together; both would fail."""
+    together = tmp_path / "together.py"
+    together.write_text("def together(answers: list) -> list:\n    raise ValueError('called')\n")
+    stream = judged(functions=[{"name": "countdown"}, {"name": f"{together}:together"}])
+    groups = stream.sampler.sample(by_row(stream, "rmrm"), range(4), answers=2)
+    assert [[r.score.failure for r in group.rollouts] for group in groups] == [["error"] * 2, [None] * 2] * 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_what_the_model_is_given_does_not_depend_on_who_is_answered_first(size):
+    class Recorder:
+        def __init__(self):
+            self.given = []
+
+        def begin(self, unit):
+            self.given.append(unit)
+            return lambda: (torch.tensor([float(place) for place in unit]), 1.0)
+
+    places = [0, 2, 3, 7, 8]
+    for order in (range(9), reversed(range(9)), sorted(range(9), key=lambda i: (i * 7) % 9)):
+        judging = Judging(recorder := Recorder(), places, size, 1)
+        for place in order:
+            judging.add(place, place)
+        assert sorted(recorder.given) == [places[first : first + size] for first in range(0, 5, size)]
+        assert judging.finish() == {place: [float(place)] for place in places}
+        assert judging.busy_s == len(recorder.given)
 
 
 @pytest.mark.parametrize(("size", "total"), [(1, 3), (2, 5), (4, 4), (8, 3)])

@@ -72,26 +72,30 @@ class Units:
 
 
 class Judging:
-    """The groups of one call of `sample` before the reward model, each unit as soon as its answers are there."""
+    """The groups of one call of `sample` before the reward model, each unit as soon as its answers are there. `places`
+    are those that it scores; units of `size` are made up of these alone, so none has nothing in it."""
 
-    def __init__(self, model: RewardModel, units: Units, answers: int) -> None:
-        self._model, self._units, self._answers = model, units, answers
+    def __init__(self, model: RewardModel, places: Sequence[int], size: int, answers: int) -> None:
+        self._model, self._places, self._answers = model, places, answers
+        self._units = Units(size, len(places))
+        self._numbers = {place: number for number, place in enumerate(places)}
         self._begun: dict[int, Callable[[], tuple[Tensor, float]]] = {}
         self.busy_s = 0.0
         """Once finished: seconds that the model took."""
 
     def add(self, place: int, group: Group) -> None:
-        if unit := self._units.add(place, group):
-            self._begun[place // self._units.size] = self._model.begin(unit)
+        number = self._numbers.get(place)
+        if number is not None and (unit := self._units.add(number, group)):
+            self._begun[number // self._units.size] = self._model.begin(unit)
 
     def finish(self) -> dict[int, list[float]]:
-        """The scores of each group's answers, by place."""
+        """The scores of the answers of each group that it scores, by place."""
         scores: dict[int, list[float]] = {}
         for number, result in self._begun.items():
             score_B, seconds = result()
             self.busy_s += seconds
-            first = number * self._units.size
-            scores |= dict(enumerate(score_B.view(-1, self._answers).tolist(), first))
+            places = self._places[number * self._units.size :][: self._units.size]
+            scores |= dict(zip(places, score_B.view(-1, self._answers).tolist(), strict=True))
         return scores
 
 
@@ -146,7 +150,7 @@ class Sampler:
         ]
         rollouts: list[dict[int, Rollout]] = [{} for _ in prompts]
         groups: dict[int, Group] = {}
-        judging = self._judging(len(prompts), answers)
+        judging = self._judging(prompts, answers)
         with self.scorer.scoring() as scoring:
 
             def on_done(index: int, completion: Completion) -> None:
@@ -185,10 +189,11 @@ class Sampler:
             taken, self._seconds = self._seconds, dict.fromkeys(self._timed, 0.0)
         return taken
 
-    def _judging(self, prompts: int, answers: int) -> Judging | None:
+    def _judging(self, prompts: Sequence[Prompt], answers: int) -> Judging | None:
         if self.reward_model is None:
             return None
-        return Judging(self.reward_model, Units(self.run.unit(prompts, answers), prompts), answers)
+        places = [place for place, prompt in enumerate(prompts) if prompt.scored_by != "rule"]
+        return Judging(self.reward_model, places, self.run.unit(len(places), answers), answers)
 
     def _judged(self, judging: Judging) -> dict[int, list[float]]:
         """What the reward model says; the reward functions work meanwhile."""
@@ -223,6 +228,7 @@ def to_score(group: Group) -> list[Answer]:
             row=group.prompt.row,
             tokens=r.answer_length,
             finish=r.finish,
+            scored_by=group.prompt.scored_by,
         )
         for r in group.rollouts
     ]

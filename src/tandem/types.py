@@ -6,10 +6,13 @@ tensor speaks about token t. Rows are right-padded.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+ScoredBy = Literal["rule", "model"]
+"""Who scores the answers to a row: the reward functions or the reward model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +28,8 @@ class Prompt:
     """The checkable answer, or None where the reward needs none."""
     row: Mapping[str, Any]
     """The source row, for reward functions that want more columns."""
+    scored_by: ScoredBy | None = None
+    """As the row's `reward.column` says; None where all terms of the reward score it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +41,7 @@ class Score:
     """timeout | error | invalid | died; a failure is never a zero."""
     detail: str = ""
     parts: Mapping[str, float] = field(default_factory=dict)
-    """Unweighted value of each reward function, by name."""
+    """Unweighted value of each term of the reward that scored it, by name."""
 
     def __post_init__(self) -> None:
         assert (self.reward is None) != (self.failure is None)

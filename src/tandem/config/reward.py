@@ -1,12 +1,15 @@
 """The section of the reward: the functions and the model that score answers, and what happens when scoring fails."""
 
 import re
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from tandem.config.layout import Layout
 from tandem.config.section import Section
+
+if TYPE_CHECKING:
+    from tandem.types import ScoredBy
 
 OVERLONG = "overlong"
 """Name of the length penalty among the parts of a reward."""
@@ -49,6 +52,9 @@ class Reward(Section):
     functions: list[RewardFunction] = []
     """What scores an answer; the reward is the weighted sum of these and the model."""
     model: RewardModel | None = None
+    column: str | None = None
+    """Column of the data that says which of the two scores a row's answers: the functions (1, `rule`) or the model
+    (0, `model`). null: both score every answer."""
     workers: int = Field(1, gt=0)
     """Processes that score."""
     timeout_s: float = Field(10.0, gt=0)
@@ -70,6 +76,21 @@ class Reward(Section):
     def terms(self) -> "list[RewardFunction | RewardModel]":
         """The weighted parts of the sum, in order."""
         return [*self.functions, *([self.model] if self.model else [])]
+
+    def terms_of(self, scored_by: "ScoredBy | None") -> "list[RewardFunction | RewardModel]":
+        """Those that score the answers to a row."""
+        kept = {"rule": RewardFunction, "model": RewardModel}
+        return [term for term in self.terms if scored_by is None or isinstance(term, kept[scored_by])]
+
+    @model_validator(mode="after")
+    def _has_two_to_choose_from(self) -> "Reward":
+        if self.column is not None and not (self.functions and self.model):
+            lacking = "reward.model" if self.functions else "reward.functions"
+            raise ValueError(
+                f"reward.column={self.column!r} chooses between reward.functions and reward.model, and there is no "
+                f"{lacking}; give it, or set reward.column to null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_terms(self) -> "Reward":

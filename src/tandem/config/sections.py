@@ -331,7 +331,8 @@ class Eval(Section):
     """Temperature of those answers. A greedy answer is always taken beside them."""
     correct: str | None = None
     """The reward function that says whether an answer is correct (score above 0), or reward.model by its name; null for
-    the first function, or the model where there is none."""
+    the first function, or the model where there is none. Questions that it does not score (`reward.column`) are not
+    in the accuracy."""
 
 
 class Checkpoint(Section):

@@ -81,15 +81,21 @@ class Draft:
 
 
 def load_prompts(
-    data: Data, source: str, tokenizer: "PreTrainedTokenizerBase", *, limit: int | None = None
+    data: Data,
+    source: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    limit: int | None = None,
+    reward_column: str | None = None,
 ) -> PromptSet:
-    """All prompts of `source` (data.train or data.eval), or of its first `limit` rows."""
+    """All prompts of `source` (data.train or data.eval), or of its first `limit` rows. `reward_column` says who scores
+    the answers to a row (`reward.column`)."""
     template = open_template(data.template, tokenizer)
     drafts: list[Draft] = []
     bad: list[str] = []
     for index, record in enumerate(islice(read_rows(source), limit)):
         try:
-            drafts.append(draft(index, record, data, template))
+            drafts.append(draft(index, record, data, template, reward_column))
         except DataError as cause:
             bad.append(f"{record.place}: {cause}")
             if data.on_bad_row == "error":
@@ -112,10 +118,10 @@ def load_prompts(
     )
 
 
-def draft(index: int, record: Record, data: Data, template: Renderer) -> Draft:
+def draft(index: int, record: Record, data: Data, template: Renderer, reward_column: str | None) -> Draft:
     if isinstance(record, BadRow):
         raise DataError(record.problem)
-    question = read_question(record.values, data)
+    question = read_question(record.values, data, reward_column)
     text = template.render(question.messages)
     return Draft(id=index, place=record.place, row=record.values, question=question, text=text)
 
@@ -143,9 +149,17 @@ def within_limit(
                 continue
             tokens = end_of(d, tokens, limit, tokenizer)
             text = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-        question, truth = d.question.text, d.question.truth
+        asked = d.question
         prompts.append(
-            Prompt(id=d.id, tokens=tuple(tokens), text=text, question=question, truth=truth, row=d.row)
+            Prompt(
+                id=d.id,
+                tokens=tuple(tokens),
+                text=text,
+                question=asked.text,
+                truth=asked.truth,
+                row=d.row,
+                scored_by=asked.scored_by,
+            )
         )
     if overlong and data.on_overlong == "error":
         more = f" and {len(overlong) - 3:,} more" if len(overlong) > 3 else ""

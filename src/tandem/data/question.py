@@ -8,9 +8,19 @@ from typing import Any
 from tandem.config.sections import Data
 from tandem.data.reader import is_unicode
 from tandem.errors import DataError
+from tandem.types import ScoredBy
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
+SCORED_BY: dict[str | float, ScoredBy] = {
+    1: "rule",
+    "1": "rule",
+    "rule": "rule",
+    0: "model",
+    "0": "model",
+    "model": "model",
+}
+"""Values of `reward.column`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,22 +28,26 @@ class Question:
     messages: list[Message]
     """The last one is the user's."""
     truth: str | None
+    scored_by: ScoredBy | None
 
     @property
     def text(self) -> str:
         return self.messages[-1]["content"]
 
 
-def read_question(values: Mapping[str, Any], data: Data) -> Question:
+def read_question(values: Mapping[str, Any], data: Data, reward_column: str | None = None) -> Question:
     """Raises a DataError that names column and value; the caller knows file and row."""
-    messages = read_messages(column(values, "question", data.columns.question), data.columns.question)
+    name = data.columns.question
+    messages = read_messages(column(values, "data.columns.question", name), name)
     system = data.system
     if data.columns.system is not None:
-        own = column(values, "system", data.columns.system)
+        own = column(values, "data.columns.system", data.columns.system)
         system = system if own is None else text(own, f"column {data.columns.system!r}")
     if system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
-    return Question(messages=messages, truth=read_truth(values, data))
+    scored_by = None if reward_column is None else read_scored_by(values, reward_column)
+    truth = read_truth(values, data, needed=scored_by != "model")
+    return Question(messages=messages, truth=truth, scored_by=scored_by)
 
 
 def read_messages(value: Any, name: str) -> list[Message]:
@@ -57,12 +71,13 @@ def read_message(item: Any, where: str) -> Message:
     return {"role": item["role"], "content": text(item["content"], where)}
 
 
-def read_truth(values: Mapping[str, Any], data: Data) -> str | None:
+def read_truth(values: Mapping[str, Any], data: Data, *, needed: bool) -> str | None:
+    """None where it is not needed and not there, or empty."""
     name = data.columns.truth
-    if name is None:
+    if name is None or (not needed and is_empty(values.get(name))):
         return None
     where = f"column {name!r}"
-    value = column(values, "truth", name)
+    value = column(values, "data.columns.truth", name)
     if isinstance(value, float) and not math.isfinite(value):
         raise DataError(f"{where}: {value} is no answer")
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -76,12 +91,33 @@ def read_truth(values: Mapping[str, Any], data: Data) -> str | None:
     return truth.strip()
 
 
-def column(values: Mapping[str, Any], part: str, name: str) -> Any:
+def read_scored_by(values: Mapping[str, Any], name: str) -> ScoredBy:
+    value = column(values, "reward.column", name)
+    word = value.strip() if isinstance(value, str) else value
+    if isinstance(word, bool) or not isinstance(word, str | int | float) or word not in SCORED_BY:
+        raise DataError(
+            f"column {name!r} (reward.column): expected 1 or rule, 0 or model, got {shown(value)}"
+        )
+    return SCORED_BY[word]
+
+
+def is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def column(values: Mapping[str, Any], key: str, name: str) -> Any:
+    """`key` is that of the configuration, which names the column."""
     if name in values:
         return values[name]
     there = ", ".join(list(values)[:20]) or "none"
-    remedy = "; set data.columns.truth=null where the reward needs no answer" if part == "truth" else ""
-    raise DataError(f"no column {name!r} (data.columns.{part}); the columns are: {there}{remedy}")
+    raise DataError(f"no column {name!r} ({key}); the columns are: {there}{WITHOUT.get(key, '')}")
+
+
+WITHOUT = {
+    "data.columns.truth": "; set data.columns.truth=null where the reward needs no answer",
+    "reward.column": "; set reward.column=null where functions and model both score every answer",
+}
+"""How a run does without a column."""
 
 
 def text(value: Any, where: str) -> str:

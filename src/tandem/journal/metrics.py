@@ -125,7 +125,7 @@ _REWARD = {
     "reward/parts/<function>": Metric(
         "mean of one reward function, or of the reward model's scores",
         "its own",
-        "before its weight; `overlong` is the length penalty",
+        "before its weight, over the answers that it scored; `overlong` is the length penalty",
     ),
     "reward/failures": Metric(
         "answers whose scoring failed", "answers", "not a low reward: no reward at all"
@@ -325,7 +325,8 @@ _EVAL = {
     "eval/accuracy": Metric(
         "mean correctness of sampled answers",
         "share",
-        "over eval.questions x eval.answers at eval.temperature; should rise",
+        "over eval.questions x eval.answers at eval.temperature, without questions that eval.correct does not score; "
+        "should rise",
     ),
     "eval/greedy_accuracy": Metric("mean correctness of one greedy answer per question", "share", ""),
     "eval/reward": Metric("mean reward of the sampled answers", "reward", ""),

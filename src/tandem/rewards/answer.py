@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tandem.types import ScoredBy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,3 +20,5 @@ class Answer:
     """Length of the answer, its end token included."""
     finish: str
     """stop | length"""
+    scored_by: "ScoredBy | None" = None
+    """None for all terms of the reward."""

@@ -16,7 +16,7 @@ from tandem.rewards.channel import HEADER
 from tandem.rewards.function import locate
 from tandem.rewards.pool import Pool
 from tandem.rewards.process import Task
-from tandem.types import Score
+from tandem.types import Score, ScoredBy
 
 ASYNC_GRACE_S = 1.0
 """An async function is stopped at the deadline by its event loop; one that blocks is killed so much later."""
@@ -59,7 +59,10 @@ class Scorer:
     def __init__(self, config: Reward, max_answer_tokens: int) -> None:
         self._config = config
         self._max_answer_tokens = max_answer_tokens
-        self._weights = {term.name: term.weight for term in config.terms}
+        self._weights: dict[ScoredBy | None, dict[str, float]] = {
+            scored_by: {term.name: term.weight for term in config.terms_of(scored_by)}
+            for scored_by in (None, "rule", "model")
+        }
         functions = [
             {"name": f.name, "located": locate(f.name, f.args), "args": f.args} for f in config.functions
         ]
@@ -122,17 +125,18 @@ class Scorer:
         }
 
     def tasks(self, place: int, group: Sequence[Answer]) -> Iterator[tuple[Task, list[Place]]]:
-        """One task for each answer under all plain functions, one for the group under each other one."""
+        """One task for each answer under all plain functions, one for the group under each other one; none for answers
+        that the model alone scores."""
         kinds = self._pool.kinds()
         single = [i for i, kind in enumerate(kinds) if kind == "answer"]
         together = [i for i, kind in enumerate(kinds) if kind != "answer"]
         rows = {id(answer.row): answer.row for answer in group}
         row_texts = {key: _row_json(row) for key, row in rows.items()}
-        texts = [_answer_json(answer, row_texts[id(answer.row)]) for answer in group]
-        places = [(place, i) for i in range(len(group))]
+        places = [(place, i) for i, answer in enumerate(group) if answer.scored_by != "model"]
+        texts = [_answer_json(group[i], row_texts[id(group[i].row)]) for _, i in places]
         for answer_place, text in zip(places, texts) if single else ():
             yield self._task(single, [text], self._config.timeout_s), [answer_place]
-        for function in together if group else ():
+        for function in together if places else ():
             grace = ASYNC_GRACE_S if kinds[function] == "async" else 0.0
             yield self._task([function], texts, self._config.timeout_s + grace), places
 
@@ -152,8 +156,9 @@ class Scorer:
         if failure is not None:
             return self._failed(answer, *failure)
         # In the order of the configuration, so that the sum does not depend on which worker was first.
-        parts = {name: parts[name] for name in self._weights}
-        reward = math.fsum(weight * parts[name] for name, weight in self._weights.items())
+        weights = self._weights[answer.scored_by]
+        parts = {name: parts[name] for name in weights}
+        reward = math.fsum(weight * parts[name] for name, weight in weights.items())
         config = self._config
         if config.overlong_buffer:
             parts[OVERLONG] = overlong(

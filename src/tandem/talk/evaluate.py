@@ -11,7 +11,6 @@ from rich.table import Table
 import tandem
 from tandem.config import Run, load, redact
 from tandem.config.sections import Model
-from tandem.data.prompts import load_prompts
 from tandem.engine import EmbeddedEngine
 from tandem.errors import ConfigError, RunError
 from tandem.journal import sample_answers
@@ -20,7 +19,7 @@ from tandem.placement.inline import reward_model_of, sampling_params
 from tandem.rewards.scorer import Scorer
 from tandem.rollout import Sampler
 from tandem.talk.place import Place
-from tandem.train.evaluation import Evaluation, evaluate
+from tandem.train.evaluation import Evaluation, evaluate, held_out_prompts, marked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +33,13 @@ class Result:
     def sentence(self) -> str:
         """Accuracy in one line, with what it was measured on."""
         figures, s = self.evaluation.figures, self.settings
+        judged = f"{s['judged']:,} questions " if s["judged"] < s["questions"] else ""
         return (
             f"accuracy: sampled {figures['eval/accuracy']:.3f}, greedy {figures['eval/greedy_accuracy']:.3f} "
             f"({s['questions']:,} questions of {s['data']}, {s['answers']} answer{'s' * (s['answers'] > 1)} each "
-            f"at temperature {s['temperature']:g}, judged by {s['correct']}); reward {figures['eval/reward']:.3f}, "
-            f"{figures['eval/response_length']:.0f} tokens an answer, {figures['eval/truncated_share']:.1%} cut; "
-            f"{self.seconds:.1f} s"
+            f"at temperature {s['temperature']:g}, {judged}judged by {s['correct']}); "
+            f"reward {figures['eval/reward']:.3f}, {figures['eval/response_length']:.0f} tokens an answer, "
+            f"{figures['eval/truncated_share']:.1%} cut; {self.seconds:.1f} s"
         )
 
     def table(self, count: int) -> Table:
@@ -80,7 +80,7 @@ def measure(run: Run, model: LanguageModel, given: str) -> Result:
     assert run.data.eval is not None
     began = time.monotonic()
     with Scorer(run.reward, run.sampling.max_answer_tokens) as scorer:
-        prompts = load_prompts(run.data, run.data.eval, model.tokenizer, limit=run.eval.questions)
+        prompts = held_out_prompts(run, model.tokenizer)
         longest = prompts.lengths.longest + run.sampling.max_answer_tokens
         if longest > model.max_positions:
             raise ConfigError(
@@ -100,6 +100,7 @@ def measure(run: Run, model: LanguageModel, given: str) -> Result:
         "data": run.data.eval,
         "template": run.data.template,
         "questions": len(prompts.prompts),
+        "judged": sum(marked(run, prompt) for prompt in prompts.prompts),
         "answers": run.eval.answers,
         "temperature": run.eval.temperature,
         "max_answer_tokens": run.sampling.max_answer_tokens,

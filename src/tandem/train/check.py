@@ -28,11 +28,17 @@ from tandem.rewards.scorer import Scorer
 from tandem.train import footprint, trial
 from tandem.train.beside import look_at_others
 from tandem.train.critic_bytes import critic_shape, saved_bytes, with_critic
+from tandem.train.evaluation import held_out_prompts
 from tandem.train.finding import Finding, Line
 from tandem.train.folder_bytes import folder_bytes
 from tandem.train.footprint import Memory, Shape, readable
 from tandem.train.layouts import check_layouts, critic_axes, holds_reference, layouts_of
-from tandem.train.reward_model import look_at_reward_model, reward_model_axes, with_reward_model
+from tandem.train.reward_model import (
+    look_at_column,
+    look_at_reward_model,
+    reward_model_axes,
+    with_reward_model,
+)
 
 SAMPLE = 256
 """Prompts whose round trip is checked, spread over the data."""
@@ -136,8 +142,8 @@ def look_at_layout(bench: Bench) -> list[Line]:
 
 
 def look_at_train_data(bench: Bench) -> list[Line]:
-    data = bench.run.data
-    bench.train = load_prompts(data, data.train, tokenizer(bench), limit=data.limit)
+    data, column = bench.run.data, bench.run.reward.column
+    bench.train = load_prompts(data, data.train, tokenizer(bench), limit=data.limit, reward_column=column)
     wanted, there = bench.run.sampling.prompts_per_step, len(bench.train.prompts)
     lines: list[Line] = [("ok", bench.train.sentence())]
     if there < wanted:
@@ -152,7 +158,7 @@ def look_at_eval_data(bench: Bench) -> list[Line]:
     if run.data.eval is None or run.eval.every is None:
         key = "data.eval" if run.data.eval is None else "eval.every"
         return [("warning", f"{key} is null: nothing is held out, so nothing shows what was really learned")]
-    bench.held_out = load_prompts(run.data, run.data.eval, tokenizer(bench), limit=run.eval.questions)
+    bench.held_out = held_out_prompts(run, tokenizer(bench))
     lines: list[Line] = [("ok", bench.held_out.sentence())]
     if bench.train is not None:
         known = {prompt.text for prompt in bench.train.prompts}
@@ -180,7 +186,9 @@ def look_at_reward(bench: Bench) -> list[Line]:
     counted."""
     run, prompts = bench.run, train_data(bench).prompts
     lines = look_at_reward_model(run, tokenizer(bench), bench.longest_prompt())
-    if not run.reward.functions:
+    lines += look_at_column(run, prompts)
+    prompts = [prompt for prompt in prompts if prompt.scored_by != "model"]
+    if not run.reward.functions or not prompts:
         return lines
     counted = run.reward.model_copy(update={"on_failure": "mask", "model": None})
     with Scorer(counted, run.sampling.max_answer_tokens) as scorer:

@@ -3,7 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from transformers import PreTrainedTokenizerBase
+
 from tandem.config.run import Run
+from tandem.data.prompts import PromptSet, load_prompts
+from tandem.errors import ConfigError
 from tandem.rollout import EVAL, Sampler
 from tandem.types import Group, Prompt
 
@@ -14,6 +18,23 @@ class Evaluation:
 
     figures: dict[str, float]
     greedy: list[Group]
+
+
+def held_out_prompts(run: Run, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    """The questions of `data.eval`; ConfigError where there is none to take the accuracy of."""
+    assert run.data.eval is not None
+    column = run.reward.column
+    held_out = load_prompts(
+        run.data, run.data.eval, tokenizer, limit=run.eval.questions, reward_column=column
+    )
+    if not any(marked(run, prompt) for prompt in held_out.prompts):
+        others = [term.name for term in run.reward.terms_of(held_out.prompts[0].scored_by)]
+        raise ConfigError(
+            f"eval.correct: {run.correct} scores none of the {len(held_out.prompts):,} questions of data.eval="
+            f"{run.data.eval}, as reward.column={column} says; set eval.correct to one of {others}, or hold out "
+            "questions that it scores"
+        )
+    return held_out
 
 
 def evaluate(run: Run, sampler: Sampler, prompts: Sequence[Prompt]) -> Evaluation:
@@ -33,8 +54,8 @@ def evaluate(run: Run, sampler: Sampler, prompts: Sequence[Prompt]) -> Evaluatio
     rewards = [reward for g in sampled for reward in g.rewards]
     return Evaluation(
         figures={
-            "eval/accuracy": accuracy(sampled, run.correct),
-            "eval/greedy_accuracy": accuracy(greedy, run.correct),
+            "eval/accuracy": accuracy(run, sampled),
+            "eval/greedy_accuracy": accuracy(run, greedy),
             "eval/reward": mean(rewards),
             "eval/response_length": mean([r.answer_length for r in rollouts]),
             "eval/truncated_share": mean([r.finish == "length" for r in rollouts]),
@@ -43,10 +64,20 @@ def evaluate(run: Run, sampler: Sampler, prompts: Sequence[Prompt]) -> Evaluatio
     )
 
 
-def accuracy(groups: Sequence[Group], term: str) -> float:
-    """Share of answers that this term of the reward is above 0 for; answers whose scoring failed are left out."""
+def marked(run: Run, prompt: Prompt) -> bool:
+    """Whether the term of the reward that says what is correct scores the answers to a question."""
+    return any(term.name == run.correct for term in run.reward.terms_of(prompt.scored_by))
+
+
+def accuracy(run: Run, groups: Sequence[Group]) -> float:
+    """Share of answers that the term `run.correct` of the reward is above 0 for; questions that it does not score, and
+    answers whose scoring failed, are left out."""
     marks = [
-        r.score.parts.get(term) for g in groups for r in g.rollouts if r.score and r.score.failure is None
+        r.score.parts.get(run.correct)
+        for g in groups
+        if marked(run, g.prompt)
+        for r in g.rollouts
+        if r.score and r.score.failure is None
     ]
     return mean([mark is not None and mark > 0 for mark in marks])
 

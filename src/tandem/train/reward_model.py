@@ -1,5 +1,6 @@
 """What can be told of a run's reward model before it is loaded: whether it can be one, and its bytes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +13,7 @@ from tandem.train.critic_bytes import with_one_output
 from tandem.train.finding import Line
 from tandem.train.footprint import Memory, Shape, frozen, shape_of
 from tandem.train.plan.axes import ALONE, Axes
+from tandem.types import Prompt
 
 
 def look_at_reward_model(run: Run, tokenizer: PreTrainedTokenizerBase, longest_prompt: int) -> list[Line]:
@@ -28,6 +30,20 @@ def look_at_reward_model(run: Run, tokenizer: PreTrainedTokenizerBase, longest_p
         return [("problem", f"{said}, fewer than the {longest:,} tokens of the longest prompt and answer")]
     head = "its head is there" if Path(source).is_dir() else "whether it has a head shows when it is loaded"
     return [("ok", f"{said}, {head}; no answer was scored with it")]
+
+
+def look_at_column(run: Run, prompts: Sequence[Prompt]) -> list[Line]:
+    """How many questions the functions and the model score, where the data says which of them."""
+    column = run.reward.column
+    if column is None:
+        return []
+    rule = sum(prompt.scored_by == "rule" for prompt in prompts)
+    said = (
+        f"reward.column={column}: {rule:,} questions for the functions, {len(prompts) - rule:,} for the model"
+    )
+    if 0 < rule < len(prompts):
+        return [("ok", said)]
+    return [("warning", f"{said}; one of the two has nothing to score and may be left out")]
 
 
 def reward_model_axes(run: Run) -> Axes:

@@ -30,6 +30,7 @@ from tandem.placement.cluster.lost import EnginesLost
 from tandem.rewards.scorer import Scorer
 from tandem.train import snapshot
 from tandem.train.beside import check_models
+from tandem.train.evaluation import held_out_prompts
 from tandem.train.interrupt import Interrupted, Interruption
 from tandem.train.reinforce import reinforce
 from tandem.train.session import Session
@@ -93,7 +94,9 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
     scorer = stack.enter_context(Scorer(run.reward, run.sampling.max_answer_tokens))
     tokenizer = tokenizer_of(run.model)
     check_models(run, tokenizer)
-    prompts = load_prompts(run.data, run.data.train, tokenizer, limit=run.data.limit)
+    prompts = load_prompts(
+        run.data, run.data.train, tokenizer, limit=run.data.limit, reward_column=run.reward.column
+    )
     console.print(prompts.sentence(), highlight=False)
     held_out = held_out_questions(run, tokenizer)
     scorer.ready()
@@ -121,7 +124,7 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
 def held_out_questions(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     if run.eval.every is None or run.data.eval is None:
         return []
-    return list(load_prompts(run.data, run.data.eval, tokenizer, limit=run.eval.questions).prompts)
+    return list(held_out_prompts(run, tokenizer).prompts)
 
 
 def max_positions(run: Run, model: LanguageModel | None) -> int:
