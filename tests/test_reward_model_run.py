@@ -1,6 +1,8 @@
 """A whole run with a reward model: it learns what the model likes, is the same run on processes of Ray, and is
 evaluated with the model afterwards."""
 
+import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -13,8 +15,9 @@ from transformers import Qwen2Config, Qwen2ForSequenceClassification
 from ray_runs import SMALL, trajectory
 from small_recipe import recipe
 from tandem.config import load
+from tandem.data import tasks
 from tandem.device import pick
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, DataError
 from tandem.journal import read_metrics
 from tandem.model import tokenizer_of
 from tandem.model.new import new_tokenizer
@@ -25,11 +28,11 @@ from tandem.talk.speaker import open_model
 from tandem.train.check import check
 from tandem.train.layouts import check_layouts
 from tandem.train.run import Launch, train
-from tiny_models import classifier, spelled
+from tiny_models import classifier, row_scores, spelled
 from tiny_models import language_model as byte_model
 
 RAY = {"cpus": 1, "start_timeout_s": 120, "engine_timeout_s": 60, "learner_timeout_s": 60}
-LAG = {"max_lag": 1}
+KINDS = [1, 0, "model", "rule", "model"]
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 
 
@@ -59,6 +62,22 @@ def recipe_in(folder: Path, judge: Path, **changes) -> Path:
     return recipe(folder, **SMALL | judged | changes)
 
 
+def columned(folder: Path, judge: Path) -> dict:
+    """The changes of a recipe whose data says which rows are for the functions, and which for the model."""
+    for name in ("addition", "addition:test"):
+        rows = [row | {"kind": KINDS[i % 5]} for i, row in enumerate(tasks.rows(name)[:40])]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "data": {"train": str(folder / "addition.jsonl"), "eval": str(folder / "addition:test.jsonl")},
+        "reward": {
+            "functions": [{"name": f"{folder / 'own.py'}:even", "weight": 2.0}],
+            "model": {"path": str(judge), "weight": 0.5},
+            "column": "kind",
+            "overlong_buffer": 2,
+        },
+    }
+
+
 def run_in(folder: Path, judge: Path, **changes) -> list[dict]:
     path = recipe_in(folder, judge, **changes)
     train(load(path), Launch(recipe=str(path)))
@@ -67,11 +86,15 @@ def run_in(folder: Path, judge: Path, **changes) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def inline(tmp_path_factory, judge) -> dict[int, Path]:
-    """The folders of two runs in one process, without lag and with."""
+    """The folders of two runs in one process, without lag and with; with lag the data says who scores a row."""
     folders = {lag: tmp_path_factory.mktemp(f"lag{lag}") for lag in (0, 1)}
-    for lag, folder in folders.items():
-        run_in(folder, judge, sampling={"max_lag": lag})
+    run_in(folders[0], judge)
+    run_in(folders[1], judge, sampling={"max_lag": 1}, **columned(folders[1], judge))
     return folders
+
+
+def rows_in(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def steps(folder: Path) -> list[dict]:
@@ -88,12 +111,51 @@ def test_the_model_is_a_part_of_the_reward_with_its_own_times(inline):
         assert 0 < row["timing/reward_model"] <= row["timing/non_overlap_reward_model"]
 
 
+def rollouts(folder: Path) -> list[dict]:
+    """What was answered and how it was scored; a function has its folder in its name."""
+    files = sorted((folder / "run" / "rollouts").glob("*.jsonl"))
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    names = ("step", "question", "answer", "tokens", "reward")
+    return [
+        {name: row[name] for name in names}
+        | {"parts": {name.rpartition(":")[2]: value for name, value in row["parts"].items()}}
+        for row in rows
+    ]
+
+
+def test_each_row_is_scored_by_the_side_that_its_column_names(inline, judge):
+    """And a metric is the mean over the answers that have the part."""
+    made = rollouts(inline[1])
+    kinds = {row["question"]: row["kind"] for row in rows_in(inline[1] / "addition.jsonl")}
+    sides = {
+        kind: [row for row in made if (kinds[row["question"]] in (1, "rule")) is (kind == "rule")]
+        for kind in ("rule", "model")
+    }
+    assert len(made) == 48 and min(map(len, sides.values())) >= 12
+    for row in sides["rule"]:
+        parts = row["parts"]
+        assert parts.keys() == {"even", "overlong"} and parts["even"] == (len(row["answer"]) % 2 == 0)
+        assert row["reward"] == 2 * parts["even"] + parts["overlong"]
+    for row in sides["model"]:
+        parts = row["parts"]
+        assert parts.keys() == {"reward_model", "overlong"}
+        assert row["reward"] == 0.5 * parts["reward_model"] + parts["overlong"]
+    scores = row_scores(judge, [row["tokens"] for row in sides["model"]])
+    assert [row["parts"]["reward_model"] for row in sides["model"]] == pytest.approx(scores, abs=1e-5)
+    for row in steps(inline[1]):
+        mine = [other["parts"]["reward_model"] for other in sides["model"] if other["step"] == row["step"]]
+        assert row.get("reward/parts/reward_model") == (pytest.approx(fmean(mine)) if mine else None)
+
+
 @needs_ray
 @pytest.mark.parametrize("lag", [0, 1])
 def test_apart_it_is_the_run_of_one_process(inline, judge, tmp_path, lag):
-    """Units are scored beside sampling, and with lag between the calls of updates."""
+    """Units are scored beside sampling, and with lag between the calls of updates, of rows for the model alone."""
     apart = {"placement": {"kind": "apart", **RAY}, "sampling": {"max_lag": lag}}
+    if lag:
+        apart |= columned(tmp_path, judge)
     assert run_in(tmp_path, judge, **apart) == trajectory(inline[lag] / "run")
+    assert rollouts(tmp_path) == rollouts(inline[lag])
     assert all(row["timing/reward_model"] > 0 for row in steps(tmp_path))
 
 
@@ -143,6 +205,43 @@ def test_the_finished_run_is_evaluated_with_it(inline):
     alone = settings_of(place, None, ["reward.model=null"])
     without = measure(alone, open_model(place, pick("cpu")), place.given).evaluation.figures
     assert abs(without["eval/reward"] - found["eval/reward"]) > 1e-3
+
+
+def test_accuracy_is_that_of_the_questions_which_the_term_scores(inline):
+    place = locate(str(inline[1] / "run"))
+    run = settings_of(place, None, [])
+    result = measure(run, open_model(place, pick("cpu")), place.given)
+    found = result.evaluation
+    assert f"at temperature 1, 3 questions judged by {run.correct})" in result.sentence()
+    last = read_metrics(inline[1] / "run" / "metrics.jsonl")[-1]
+    assert found.figures == pytest.approx({name: last[name] for name in found.figures}, abs=1e-6)
+    marks = [len(g.rollouts[0].text) % 2 == 0 for g in found.greedy if g.prompt.row["kind"] in (1, "rule")]
+    assert len(found.greedy) == 8 and len(marks) == 3
+    assert found.figures["eval/greedy_accuracy"] == fmean(marks)
+
+
+def test_what_the_column_cannot_say_is_told_before_the_run(judge, tmp_path):
+    """By the check, and by the run before its first step."""
+    path = recipe_in(tmp_path, judge, **columned(tmp_path, judge))
+    sound = findings(path)
+    assert ("ok", "reward.column=kind: 16 questions for the functions, 24 for the model") in sound["reward"]
+    assert not [text for lines in sound.values() for status, text in lines if status == "problem"]
+    rows = rows_in(tmp_path / "addition.jsonl")
+    wrong, alone = tmp_path / "wrong.jsonl", tmp_path / "alone.jsonl"
+    wrong.write_text(
+        "".join(json.dumps(row | {"kind": 3 if i == 7 else 0}) + "\n" for i, row in enumerate(rows))
+    )
+    alone.write_text("".join(json.dumps(row | {"kind": 0}) + "\n" for row in rows))
+    for key in ("data.train", "data.eval"):
+        said = f"{wrong}:8: column 'kind' (reward.column): expected 1 or rule, 0 or model, got 3"
+        assert said in findings(path, f"{key}={wrong}")[key][0][1]
+        with pytest.raises(DataError, match=re.escape(said)):
+            train(load(path, [f"{key}={wrong}"]), Launch(recipe=str(path)))
+    said = rf"even scores none of the 8 questions of data\.eval={alone}.*set eval\.correct to one of \['reward_model'\]"
+    with pytest.raises(ConfigError, match=said):
+        train(load(path, [f"data.eval={alone}"]), Launch(recipe=str(path)))
+    idle = findings(path, f"data.train={alone}", f"data.eval={alone}", "eval.correct=reward_model")["reward"]
+    assert [status for status, _ in idle] == ["ok", "warning"] and "one of the two has nothing" in idle[1][1]
 
 
 def findings(path: Path, *overrides: str) -> dict[str, list[tuple[str, str]]]:

@@ -78,15 +78,15 @@ class Judging:
     def __init__(self, model: RewardModel, places: Sequence[int], size: int, answers: int) -> None:
         self._model, self._places, self._answers = model, places, answers
         self._units = Units(size, len(places))
-        self._numbers = {place: number for number, place in enumerate(places)}
+        self._ranks = {place: rank for rank, place in enumerate(places)}
         self._begun: dict[int, Callable[[], tuple[Tensor, float]]] = {}
         self.busy_s = 0.0
         """Once finished: seconds that the model took."""
 
     def add(self, place: int, group: Group) -> None:
-        number = self._numbers.get(place)
-        if number is not None and (unit := self._units.add(number, group)):
-            self._begun[number // self._units.size] = self._model.begin(unit)
+        rank = self._ranks.get(place)
+        if rank is not None and (unit := self._units.add(rank, group)):
+            self._begun[rank // self._units.size] = self._model.begin(unit)
 
     def finish(self) -> dict[int, list[float]]:
         """The scores of the answers of each group that it scores, by place."""
