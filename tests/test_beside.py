@@ -87,6 +87,13 @@ def test_a_path_that_is_none_ends_the_run_before_its_warm_up(folders, tmp_path, 
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+def test_a_layout_that_cannot_be_ends_the_run_before_its_warm_up(folders, tmp_path):
+    path = given(tmp_path, "critic", folders / "judge", kind="apart")
+    run = load(path, ["placement.learners=2", "critic.layout.shard=3"])
+    with pytest.raises(ConfigError, match=r"critic[.]layout"):
+        train(run, Launch(recipe=str(path)))
+
+
 @pytest.mark.parametrize(("key", "name"), [("reference", "wide"), ("critic", "labels")])
 def test_the_check_says_the_same_and_leaves_out_what_needs_it(folders, tmp_path, key, name):
     found = [

@@ -37,9 +37,9 @@ def token_logprobs(
 
     def head(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         logits_MV = model.logits(hidden)
-        return model.chosen_logprobs(
-            logits_MV if temperature == 1 else logits_MV / temperature, chosen, entropy_gradient
-        )
+        if temperature != 1:
+            logits_MV = logits_MV / temperature
+        return model.chosen_logprobs(logits_MV, chosen, entropy_gradient)
 
     def heads(hidden_MH: Tensor, chosen_M: Tensor) -> tuple[Tensor, ...]:
         size = max(1, logits_bytes // (4 * model.logits_width))

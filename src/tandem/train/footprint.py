@@ -20,8 +20,10 @@ from tandem.model.new import new_network, new_tokenizer
 from tandem.train.plan.axes import ALONE, Axes
 
 FLOAT = 4
-LOGIT_COPIES = 5
-"""Tensors of the size of the logits that live at once: themselves, log-softmax, probabilities, two gradients."""
+LOGIT_COPIES = 3
+GRAPH_COPIES = 5
+"""Tensors of the size of the logits that live at once: themselves, probabilities, a product of both; and where
+PyTorch differentiates (a split vocabulary, an entropy term): log-softmax, probabilities, two gradients."""
 EXPERT_COPIES = 2
 """Tensors of a token's width that are kept for each expert it goes through."""
 SAMPLED_COPIES = 4
@@ -333,10 +335,11 @@ def update(
     kept = layers * layer
     if run.learner.checkpointing:
         kept = layers * shape.hidden / (axes.tensor * axes.context) + layer
+    copies = GRAPH_COPIES if axes.tensor > 1 or run.algorithm.entropy else LOGIT_COPIES
     found = {
         "gradients": held(shape, axes)[1] * word,
         "activations": int(tokens * kept * word),
-        "logits": min(logits, run.learner.logits_mb * MIB) * LOGIT_COPIES,
+        "logits": min(logits, run.learner.logits_mb * MIB) * copies,
     }
     whole = gathered(shape, axes, word)
     return found | ({"gathered weights": whole} if whole else {})

@@ -32,6 +32,7 @@ from tandem.train import snapshot
 from tandem.train.beside import check_models
 from tandem.train.evaluation import held_out_prompts
 from tandem.train.interrupt import Interrupted, Interruption
+from tandem.train.layouts import check_layouts
 from tandem.train.reinforce import reinforce
 from tandem.train.session import Session
 from tandem.train.supervised import demonstrations, supervise, warmup_optimizer
@@ -94,6 +95,7 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
     scorer = stack.enter_context(Scorer(run.reward, run.sampling.max_answer_tokens))
     tokenizer = tokenizer_of(run.model)
     check_models(run, tokenizer)
+    check_layouts(run, tokenizer)
     prompts = load_prompts(
         run.data, run.data.train, tokenizer, limit=run.data.limit, reward_column=run.reward.column
     )
