@@ -17,6 +17,7 @@ from ray_runs import RECIPES, SMALL, JoinedNodes, end, small, steps_done, trajec
 from small_recipe import recipe
 from tandem.checkpoint import newest
 from tandem.config import load
+from tandem.config.placement import Placement
 from tandem.journal import read_metrics
 from tandem.train.run import Launch, train
 
@@ -134,30 +135,60 @@ def test_a_cluster_joined_by_address_runs_its_recipe(nodes, tmp_path, random_fol
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")][-1] in (2, 3)
 
 
-def test_engines_of_a_lost_node_are_made_up_for_and_go_on_where_there_is_room(nodes, whole, tmp_path):
-    """The node that is left has no room for the lost engine, whose place is on a node that joins."""
+def test_engines_of_a_lost_node_are_made_up_for_and_go_on_one_by_one_where_there_is_room(
+    nodes, whole, tmp_path
+):
+    """The node that is left has no room for the lost engines; the places of these are on two nodes that join."""
     run, said = tmp_path / "run", tmp_path / "said"
-    # The fewest nodes that will do: the learner with an engine, and the other engine.
-    placed = PLACED | {"address": nodes.address, "spread": False}
+    # The fewest nodes that will do: the learner with an engine, and the other engines.
+    placed = PLACED | {"address": nodes.address, "spread": False, "engines": 3}
     path = recipe(tmp_path, **CHANGES | {"steps": 5000}, placement=placed)
     with driver(nodes, said, "-m", "tandem", "train", path) as process:
         wait_until("some steps are done", lambda: steps_done(run) >= 3)
         first = places(tmp_path)
         ((stays, _),) = first.pop("learner-0")
         lost = [name for name, ((node, _),) in first.items() if node != stays]
-        assert len(lost) == 1
+        assert len(lost) == 2
         kill_node(first[lost[0]][0][1])
-        words = "waits for a node with room for it (1 CPU); the run goes on with 1 of 2 engines"
-        wait_until("the driver says so", lambda: words in text(said))
+        for number in (int(name.removeprefix("engine-")) for name in lost):
+            words = f"engine {number} waits for a node with room for it (1 CPU); the run goes on with 1 of 3 engines"
+            wait_until("the driver says so", lambda words=words: words in text(said))
         goes_on(run)
+
+        def back() -> list[str]:
+            return [places(tmp_path)[name][-1][0] for name in lost if len(places(tmp_path)[name]) == 2]
+
+        nodes.start(f"--address={nodes.address}", "--num-cpus=1")
+        wait_until("one has a place", back)
+        goes_on(run)
+        assert len(back()) == 1
         nodes.start(f"--address={nodes.address}", SIZE)
-        wait_until("it has a place", lambda: all(len(places(tmp_path)[name]) == 2 for name in lost))
+        wait_until("the other has one", lambda: len(back()) == 2)
         goes_on(run)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 128 + signal.SIGTERM, said.read_text()
     assert newest(run / "checkpoints", strict=True) is not None
-    assert len({lives[-1][0] for lives in places(tmp_path).values()}) == 2
+    assert len({stays, first[lost[0]][0][0], *back()}) == 4
     held_against(whole, trajectory(run))
+
+
+def test_an_engine_that_is_being_made_is_waited_for_by_one_that_has_no_room():
+    """Neither serves yet, and the time for room is up."""
+    from tandem.errors import RunError
+    from tandem.placement.cluster.broadcast import Reading
+    from tandem.placement.cluster.engines import Engines
+
+    lacks = ["1 CPU", ""]
+    placement = Placement(kind="apart", engines=2)
+    engines = Engines(lambda number: None, lambda number: lacks[number], placement, Reading(), lambda: None)
+    for seat in engines.seats:
+        seat.losses = 1
+    assert engines._waits_for_room(engines.seats[0])
+    lacks[1] = "1 CPU"
+    with pytest.raises(
+        RunError, match="no engine is left: for 600 s .* had room for engine 0, which takes 1 CPU"
+    ):
+        engines._waits_for_room(engines.seats[0])
 
 
 def test_a_run_without_any_engine_saves_what_it_has_and_the_same_command_goes_on(nodes, whole, tmp_path):

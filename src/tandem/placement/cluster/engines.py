@@ -232,10 +232,10 @@ class Engines:
         seat.version = parcel.offer.version
 
     def _waits_for_room(self, seat: Seat) -> bool:
-        """An engine of a lost node has no other yet, and is not needed while others serve."""
+        """An engine of a lost node has no other yet, and is not needed while others serve or are being made."""
         if seat.version is not None or not seat.losses or not (need := self._lacks(seat.number)):
             return False
-        if not any(map(self._serves, self.seats)):
+        if not any(self._serves(other) or not self._lacks(other.number) for other in self.seats):
             raise EnginesLost(
                 f"no engine is left: for {self.placement.start_timeout_s:g} s (placement.start_timeout_s) no node of "
                 f"the cluster had room for {seat}, which takes {need}. Add a node that has, and the same command goes "

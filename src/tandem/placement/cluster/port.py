@@ -4,6 +4,7 @@ Imported only where a run is placed with Ray.
 """
 
 import logging
+import math
 import os
 import secrets
 import signal
@@ -30,7 +31,12 @@ from ray import (
     wait,
 )
 from ray.util import get_node_ip_address
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tandem.config.placement import Placement
@@ -43,6 +49,8 @@ STORE_BYTES = 200 << 20
 """Of a Ray that a run starts for itself: batches and answers pass through it, weights do not."""
 FETCH_S = 600.0
 """Longest wait for an object that another node has."""
+RETAKE_S = 5.0
+"""Longest wait for room that was given back a moment ago."""
 LOST = (
     exceptions.RayActorError,
     exceptions.WorkerCrashedError,
@@ -158,7 +166,8 @@ class Cluster:
 
     def __init__(self, placement: Placement, cpus: int, logs: Path) -> None:
         self.placement, self.logs = placement, logs
-        self._group: PlacementGroup | None = None
+        self._places: list[tuple[PlacementGroup, int]] = []
+        """Of each bundle: its group, and its number there."""
         join(placement, cpus)
 
     @property
@@ -168,19 +177,17 @@ class Cluster:
     def reserve(self, bundles: Sequence[Mapping[str, float]]) -> None:
         """One bundle per place for a worker, or for a pair that shares a device."""
         check_resources(bundles)
-        self._group = reserve(self.placement, bundles)
+        self._places = reserve(self.placement, bundles)
 
     @property
     def nodes(self) -> int:
         """On which the reserved bundles lie."""
-        return len(set(self._bundles().values()))
+        return len({nodes_of(group)[index] for group, index in self._places})
 
     def has_room(self, bundle: int) -> bool:
         """Whether a bundle lies on a node; one of a lost node does again when another has room for it."""
-        return bool(self._bundles()[bundle])
-
-    def _bundles(self) -> Mapping[int, str]:
-        return placement_group_table(self._group)["bundles_to_node_id"]
+        group, index = self._places[bundle]
+        return bool(nodes_of(group)[index])
 
     def spawn(
         self, role: type, name: str, bundle: int, need: Mapping[str, float], threads: int, *arguments: Any
@@ -188,6 +195,7 @@ class Cluster:
         """Start a worker whose methods run in so many threads. It is still being made when this returns; errors of
         that show in its first call."""
         log = self.logs / f"{name.replace(' ', '-')}.log"
+        group, index = self._places[bundle]
         actor = (
             remote(concurrency_groups={BESIDE: 1})(role)
             .options(
@@ -196,7 +204,7 @@ class Cluster:
                 max_restarts=0,
                 max_concurrency=threads,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    self._group, placement_group_bundle_index=bundle
+                    group, placement_group_bundle_index=index
                 ),
                 runtime_env={
                     "env_vars": {"OMP_NUM_THREADS": str(int(need["CPU"])), "GOMP_SPINCOUNT": "2000"}
@@ -258,16 +266,55 @@ def check_resources(bundles: Sequence[Mapping[str, float]]) -> None:
             )
 
 
-def reserve(placement: Placement, bundles: Sequence[Mapping[str, float]]) -> PlacementGroup:
+def reserve(placement: Placement, bundles: Sequence[Mapping[str, float]]) -> list[tuple[PlacementGroup, int]]:
+    """Room for all bundles or for none, where Ray's strategy puts them. What a group has lost is re-placed only all at
+    once: where engines may be lost and learners not, each has a group of its own."""
     wanted = [{kind: amount for kind, amount in bundle.items() if amount} for bundle in bundles]
-    group = placement_group(wanted, strategy="SPREAD" if placement.spread else "PACK")
-    if not group.wait(placement.start_timeout_s):
-        free = {kind: available_resources().get(kind, 0) for kind in ("CPU", "GPU")}
-        raise RunError(
-            f"no room on the cluster within placement.start_timeout_s={placement.start_timeout_s:g}: needed "
-            f"{wanted}, free {free}; another run may hold the rest"
-        )
-    return group
+    deadline = time.monotonic() + placement.start_timeout_s
+    while True:
+        group = placement_group(wanted, strategy="SPREAD" if placement.spread else "PACK")
+        # Ray counts whole seconds.
+        if not group.wait(math.ceil(max(deadline - time.monotonic(), 1))):
+            free = {kind: available_resources().get(kind, 0) for kind in ("CPU", "GPU")}
+            raise RunError(
+                f"no room on the cluster within placement.start_timeout_s={placement.start_timeout_s:g}: needed "
+                f"{wanted}, free {free}; another run may hold the rest"
+            )
+        if placement.kind == "colocated" or len(set(nodes_of(group).values())) == 1:
+            return [(group, index) for index in range(len(wanted))]
+        if groups := separate(group, wanted):
+            return [(single, 0) for single in groups]
+
+
+def separate(group: PlacementGroup, bundles: Sequence[Mapping[str, float]]) -> list[PlacementGroup]:
+    """In place of a group one for each of its bundles, on the same node; none where another run took the room."""
+    nodes, free = nodes_of(group), available_resources()
+    remove_placement_group(group)
+    # Until the nodes have reported, Ray takes the room for occupied, and would turn to other nodes.
+    back = {
+        kind: free.get(kind, 0) + sum(bundle.get(kind, 0) for bundle in bundles) for kind in ("CPU", "GPU")
+    }
+    patience = time.monotonic() + RETAKE_S
+    while time.monotonic() < patience:
+        now = available_resources()
+        # Sums of parts are not exact.
+        if all(now.get(kind, 0) > back[kind] - 1e-3 for kind in back):
+            break
+        time.sleep(0.02)
+    groups = [
+        placement_group([bundle], strategy="STRICT_PACK", _soft_target_node_id=nodes[index])
+        for index, bundle in enumerate(bundles)
+    ]
+    if all(each.wait(RETAKE_S) for each in groups):
+        return groups
+    for each in groups:
+        remove_placement_group(each)
+    return []
+
+
+def nodes_of(group: PlacementGroup) -> Mapping[int, str]:
+    """Where its bundles lie; an empty name while one has no place."""
+    return placement_group_table(group)["bundles_to_node_id"]
 
 
 def whereabouts() -> str:
