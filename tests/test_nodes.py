@@ -186,7 +186,7 @@ def test_an_engine_that_is_being_made_is_waited_for_by_one_that_has_no_room():
     assert engines._waits_for_room(engines.seats[0])
     lacks[1] = "1 CPU"
     with pytest.raises(
-        RunError, match="no engine is left: for 600 s .* had room for engine 0, which takes 1 CPU"
+        RunError, match=r"no engine is left: for 600 s .* had room for engine 0, which takes 1 CPU"
     ):
         engines._waits_for_room(engines.seats[0])
 
