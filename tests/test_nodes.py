@@ -49,6 +49,30 @@ Engines._say_if_it_waits = hurried
 main()
 """
 """The command line, whose time is up when it has said that it waits."""
+OVERTAKEN = """
+import sys
+from pathlib import Path
+from tandem.config.placement import Placement
+from tandem.placement.cluster import port
+
+port.RETAKE_S = 1.0
+remove, others = port.remove_placement_group, []
+
+def overtaken(group):
+    remove(group)
+    if not others:
+        others.append(port.placement_group([{"CPU": 2.0}]))
+        assert others[0].wait(30)
+    elif len(others) == 1:
+        others.append(remove(others[0]))
+
+port.remove_placement_group = overtaken
+placement = Placement(kind="apart", engines=3, spread=True, address=sys.argv[1], start_timeout_s=60.0)
+cluster = port.Cluster(placement, 4, Path("logs"))
+cluster.reserve([{"CPU": 1.0, "GPU": 0.0}] * 4)
+print(len(others), "and then", sum(map(cluster.has_room, range(4))), "places on", cluster.nodes, "nodes")
+"""
+"""Room for all cores, in the middle of which another run takes a node, until it is given up for the time being."""
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +157,13 @@ def test_a_cluster_joined_by_address_runs_its_recipe(nodes, tmp_path, random_fol
         assert process.wait(timeout=120) == 0, said.read_text()
     assert len({node for lives in places(tmp_path).values() for node, _ in lives}) == 2
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")][-1] in (2, 3)
+
+
+def test_room_that_another_run_takes_first_is_waited_for_with_nothing_held(nodes, tmp_path):
+    said = tmp_path / "said"
+    with driver(nodes, said, "-c", OVERTAKEN, nodes.address) as process:
+        assert process.wait(timeout=60) == 0, said.read_text()
+    assert "2 and then 4 places on 2 nodes" in text(said)
 
 
 def test_engines_of_a_lost_node_are_made_up_for_and_go_on_one_by_one_where_there_is_room(
