@@ -166,62 +166,6 @@ def test_room_that_another_run_takes_first_is_waited_for_with_nothing_held(nodes
     assert "2 and then 4 places on 2 nodes" in text(said)
 
 
-def test_engines_of_a_lost_node_are_made_up_for_and_go_on_one_by_one_where_there_is_room(
-    nodes, whole, tmp_path
-):
-    """The node that is left has no room for the lost engines; the places of these are on two nodes that join."""
-    run, said = tmp_path / "run", tmp_path / "said"
-    # The fewest nodes that will do: the learner with an engine, and the other engines.
-    placed = PLACED | {"address": nodes.address, "spread": False, "engines": 3}
-    path = recipe(tmp_path, **CHANGES | {"steps": 5000}, placement=placed)
-    with driver(nodes, said, "-m", "tandem", "train", path) as process:
-        wait_until("some steps are done", lambda: steps_done(run) >= 3)
-        first = places(tmp_path)
-        ((stays, _),) = first.pop("learner-0")
-        lost = [name for name, ((node, _),) in first.items() if node != stays]
-        assert len(lost) == 2
-        kill_node(first[lost[0]][0][1])
-        for number in (int(name.removeprefix("engine-")) for name in lost):
-            words = f"engine {number} waits for a node with room for it (1 CPU); the run goes on with 1 of 3 engines"
-            wait_until("the driver says so", lambda words=words: words in text(said))
-        goes_on(run)
-
-        def back() -> list[str]:
-            return [places(tmp_path)[name][-1][0] for name in lost if len(places(tmp_path)[name]) == 2]
-
-        nodes.start(f"--address={nodes.address}", "--num-cpus=1")
-        wait_until("one has a place", back)
-        goes_on(run)
-        assert len(back()) == 1
-        nodes.start(f"--address={nodes.address}", SIZE)
-        wait_until("the other has one", lambda: len(back()) == 2)
-        goes_on(run)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM, said.read_text()
-    assert newest(run / "checkpoints", strict=True) is not None
-    assert len({stays, first[lost[0]][0][0], *back()}) == 4
-    held_against(whole, trajectory(run))
-
-
-def test_an_engine_that_is_being_made_is_waited_for_by_one_that_has_no_room():
-    """Neither serves yet, and the time for room is up."""
-    from tandem.errors import RunError
-    from tandem.placement.cluster.broadcast import Reading
-    from tandem.placement.cluster.engines import Engines
-
-    lacks = ["1 CPU", ""]
-    placement = Placement(kind="apart", engines=2)
-    engines = Engines(lambda number: None, lambda number: lacks[number], placement, Reading(), lambda: None)
-    for seat in engines.seats:
-        seat.losses = 1
-    assert engines._waits_for_room(engines.seats[0])
-    lacks[1] = "1 CPU"
-    with pytest.raises(
-        RunError, match=r"no engine is left: for 600 s .* had room for engine 0, which takes 1 CPU"
-    ):
-        engines._waits_for_room(engines.seats[0])
-
-
 def test_a_run_without_any_engine_saves_what_it_has_and_the_same_command_goes_on(nodes, whole, tmp_path):
     """Its one engine takes a whole node, and is lost with it."""
     run, said = tmp_path / "run", tmp_path / "said"
@@ -245,3 +189,56 @@ def test_a_run_without_any_engine_saves_what_it_has_and_the_same_command_goes_on
     ours = trajectory(run)
     assert [row["step"] for row in ours if "reward/mean" in row] == list(range(steps))
     held_against(whole, ours)
+
+
+def test_engines_of_a_lost_node_are_made_up_for_and_go_on_one_by_one_where_there_is_room(
+    nodes, whole, tmp_path
+):
+    """The node that is left has room for none of the two, and the one that joins for one."""
+    run, said = tmp_path / "run", tmp_path / "said"
+    # The fewest nodes that will do: the learner with an engine, and the other engines.
+    placed = PLACED | {"address": nodes.address, "spread": False, "engines": 3}
+    path = recipe(tmp_path, **CHANGES | {"steps": 5000}, placement=placed)
+    with driver(nodes, said, "-m", "tandem", "train", path) as process:
+        wait_until("some steps are done", lambda: steps_done(run) >= 3)
+        first = places(tmp_path)
+        ((stays, _),) = first.pop("learner-0")
+        lost = [name for name, ((node, _),) in first.items() if node != stays]
+        assert len(lost) == 2
+        kill_node(first[lost[0]][0][1])
+        for number in (int(name.removeprefix("engine-")) for name in lost):
+            words = f"engine {number} waits for a node with room for it (1 CPU); the run goes on with 1 of 3 engines"
+            wait_until("the driver says so", lambda words=words: words in text(said))
+        goes_on(run)
+
+        def back() -> list[str]:
+            return [places(tmp_path)[name][-1][0] for name in lost if len(places(tmp_path)[name]) == 2]
+
+        nodes.start(f"--address={nodes.address}", "--num-cpus=1")
+        wait_until("one has a place", back)
+        goes_on(run)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM, said.read_text()
+    assert newest(run / "checkpoints", strict=True) is not None
+    (joined,) = back()
+    assert joined not in (stays, first[lost[0]][0][0])
+    held_against(whole, trajectory(run))
+
+
+def test_an_engine_that_is_being_made_is_waited_for_by_one_that_has_no_room():
+    """Neither serves yet, and the time for room is up."""
+    from tandem.errors import RunError
+    from tandem.placement.cluster.broadcast import Reading
+    from tandem.placement.cluster.engines import Engines
+
+    lacks = ["1 CPU", ""]
+    placement = Placement(kind="apart", engines=2)
+    engines = Engines(lambda number: None, lambda number: lacks[number], placement, Reading(), lambda: None)
+    for seat in engines.seats:
+        seat.losses = 1
+    assert engines._waits_for_room(engines.seats[0])
+    lacks[1] = "1 CPU"
+    with pytest.raises(
+        RunError, match=r"no engine is left: for 600 s .* had room for engine 0, which takes 1 CPU"
+    ):
+        engines._waits_for_room(engines.seats[0])
