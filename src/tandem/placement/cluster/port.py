@@ -301,6 +301,7 @@ def separate(group: PlacementGroup, bundles: Sequence[Mapping[str, float]]) -> l
         if all(now.get(kind, 0) > back[kind] - 1e-3 for kind in back):
             break
         time.sleep(0.02)
+    # A target and no more: where its node is lost a bundle goes to any other.
     groups = [
         placement_group([bundle], strategy="STRICT_PACK", _soft_target_node_id=nodes[index])
         for index, bundle in enumerate(bundles)
