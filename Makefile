@@ -7,8 +7,10 @@ BIN := .venv/bin
 quickstart: .venv/run
 	$(BIN)/tandem train recipes/runs/quickstart.yaml --fresh
 
+# Two files of tests at a time, for most wait for processes that start; then those that measure time.
 test: .venv/dev
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not alone"
+	$(BIN)/pytest -m alone
 
 check: .venv/dev
 	$(BIN)/ruff check .

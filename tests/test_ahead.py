@@ -67,6 +67,7 @@ def test_groups_are_those_of_one_process(ahead, make, chain_model, max_lag):  # 
         assert beside.last["rollout/lag_max"] == min(version, max_lag)
 
 
+@pytest.mark.alone
 def test_a_step_takes_as_long_as_the_slower_stage(ahead):
     beside, inner, line = ahead(seconds=STAGE_S, sampling={"max_lag": 1})
     beside.take(0)

@@ -104,6 +104,7 @@ def test_a_step_is_raced(tmp_path, monkeypatch, capsys):
     assert last["ratio_vs_trl"] is last["memory_ratio_vs_trl"] is None
 
 
+@pytest.mark.alone
 def test_the_engine_stays_ahead_of_generate(tmp_path):
     assert regression.speed_ratio(tmp_path) >= regression.LEAST
 
@@ -281,6 +282,7 @@ def test_the_recorded_lengths_are_those_of_the_data():
 # The page.
 
 
+@pytest.mark.alone
 def test_stages_that_sleep_overlap_with_lag_alone():
     ahead, in_turns = (min(scaling.sleeping(0.1, 0.1, lag, 4)) for lag in (1, 0))
     assert 0.1 <= ahead < 0.15 and in_turns >= 0.2

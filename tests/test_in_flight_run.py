@@ -74,6 +74,7 @@ def checked(rollout) -> set[int]:
     return set(chosen)
 
 
+@pytest.mark.alone
 @needs_ray
 def test_a_step_takes_as_long_as_the_slower_stage_and_answers_are_carried(make, slow):  # noqa: F811
     stream = make("?" * 12, **in_flight(TOKENS))

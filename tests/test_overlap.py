@@ -79,6 +79,7 @@ def beside(make):  # noqa: F811
     learners.thread.shutdown()
 
 
+@pytest.mark.alone
 def test_only_the_last_group_is_waited_for(beside):
     stream, reference, learners = beside
     began = time.monotonic()

@@ -149,6 +149,7 @@ def test_decoding_reads_weights_once_a_step_and_the_longest_answer_sets_the_step
     assert seconds[8] > 4096 * one.weights / 8 / 4.8e12
 
 
+@pytest.mark.alone
 def test_the_times_of_a_step_on_this_machine_are_near_those_expected(tmp_path):
     """Medians, in the best of a few tries, each with rates taken right before: other work on the machine disturbs."""
     changes = {

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from journal_run import run_of
 from tandem.errors import RunError
-from tandem.journal import Journal, Summary, draw, sample_answers, visible
+from tandem.journal import Journal, Summary, draw, read_metrics, sample_answers, visible
+from tandem.train.run import eval_figures
 from tandem.types import Group, Prompt, Rollout, Score
 
 
@@ -123,6 +124,16 @@ def test_the_summary_names_figures_versions_and_hardware(tmp_path, monkeypatch):
     assert record["hardware"]["cpu"] and record["hardware"]["cores"] >= 1
     assert record["hardware"]["device"] == "cpu, 2 threads"
     assert "quickstart" not in text, "values of secret variables are redacted"
+
+
+def test_a_share_that_could_not_be_taken_is_left_out(tmp_path):
+    with Journal(run_of(tmp_path), tmp_path) as journal:
+        journal.log(0, {"eval/accuracy": math.nan, "eval/response_length": 5.0})
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    figures = eval_figures(row)
+    assert figures == {"eval/response_length": 5.0}
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "accuracy, sampled" not in summary(start=figures, end=figures).closing(run_of(tmp_path), tmp_path)
 
 
 def test_the_last_words_say_what_came_of_it_where_it_lies_and_what_is_next(tmp_path):

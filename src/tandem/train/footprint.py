@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from tandem.config.layout import Layout
 from tandem.config.run import Run
 from tandem.config.sections import Model, Optimizer
+from tandem.device import pick
 from tandem.model import describe
 from tandem.model.attention import NAME
 from tandem.model.load import DTYPES, with_adapter
 from tandem.model.new import new_network, new_tokenizer
+from tandem.model.product import FEW
 from tandem.train.plan.axes import ALONE, Axes
 
 FLOAT = 4
@@ -294,7 +296,14 @@ def sampling(run: Run, shape: Shape, longest_prompt: int, word: int) -> dict[str
     tokens = slots * run.sampling.max_answer_tokens + min(slots, prompts) * longest_prompt
     parts = {"KV cache": tokens * shape.key_value * word, "logits": slots * drawing(run, shape)}
     copy = shape.parameters * word // run.engine.tensor_parallel
+    if pick(run.device).type == "cpu" and lays_out(run, slots):
+        parts["weights laid out"] = copy
     return parts if run.placement.kind == "inline" else {"engine's weights": copy, **parts}
+
+
+def lays_out(run: Run, slots: int) -> bool:
+    """Whether an engine on a CPU holds its weights a second time while it samples."""
+    return run.engine.kind == "embedded" and run.model.dtype == "fp32" and slots >= FEW
 
 
 def asked(run: Run, engines: int = 1) -> tuple[int, int]:

@@ -241,5 +241,6 @@ def device_name(actor: Actor, reference: Reference | None) -> str:
     return describe(actor.model.device)
 
 
-def eval_figures(row: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in row.items() if name.startswith("eval/")}
+def eval_figures(row: dict[str, float | None]) -> dict[str, float]:
+    """Those that there are: one is missing where the scoring of every answer failed."""
+    return {name: value for name, value in row.items() if name.startswith("eval/") and value is not None}

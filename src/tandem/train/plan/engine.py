@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tandem.config.run import Run
 from tandem.engine.embedded import FREE_SHARE
 from tandem.model.load import DTYPES
-from tandem.train.footprint import Shape, asked, drawing
+from tandem.train.footprint import Shape, asked, drawing, lays_out
 from tandem.train.plan.axes import Rules, divisors
 from tandem.train.plan.device import Rates
 from tandem.train.plan.link import Links
@@ -77,7 +77,8 @@ def _engine(
     word = DTYPES[run.model.dtype].itemsize
     count = links.count // tensor
     answers = -(-run.rollouts_per_step // count)
-    weights = shape.parameters * word / tensor if copied else 0.0
+    on_host = not rates.host_memory and lays_out(run, min(run.sampling.slots, answers))
+    weights = (copied + on_host) * shape.parameters * word / tensor
     column, logits = shape.key_value * word / keys, drawing(run, shape)
     slots, cache = _cache(run, lengths, count, column, logits, free - weights)
     if weights + cache + slots * logits > free:
