@@ -9,7 +9,7 @@ quickstart: .venv/run
 
 # Two files of tests at a time, for most wait for processes that start; then those that measure time.
 test: .venv/dev
-	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not alone"
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not alone"
 	$(BIN)/pytest -m alone
 
 check: .venv/dev

@@ -157,13 +157,13 @@ def test_thousands_of_devices_are_planned_in_seconds_from_a_config_alone(tmp_pat
 
 
 def test_what_does_not_fit_is_told_with_what_it_lacks(tmp_path):
-    made = planned(large(tmp_path, "dense"), "FLOPS=1e14,BANDWIDTH=1e12,MEMORY=40e9", 8)
+    made = planned(large(tmp_path, "dense"), "FLOPS=1e14,BANDWIDTH=1e12,MEMORY=32e9", 8)
     assert not made.offers and made.missed == made.tried
     said = text(made)
-    assert "no layout fits into 36.0 GB a device" in said
-    assert " lacks " in said and "for the update, most of it gathered weights" in said
+    assert "no layout fits into 28.8 GB a device" in said
+    assert " lacks " in said and "for the update, most of it activations" in said
     assert "cannot be; most often" in said
-    more = planned(large(tmp_path, "dense"), "FLOPS=1e14,BANDWIDTH=1e12,MEMORY=40e9", 256)
+    more = planned(large(tmp_path, "dense"), "FLOPS=1e14,BANDWIDTH=1e12,MEMORY=32e9", 256)
     assert more.offers
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ray_runs import (
     RECIPES,
@@ -27,6 +27,7 @@ from tandem.checkpoint import newest
 from tandem.config import load
 from tandem.errors import ConfigError
 from tandem.journal import read_metrics
+from tandem.model.new import new_tokenizer
 from tandem.placement.cluster.build import weights_root
 from tandem.placement.cluster.learners import Learners, RemoteReference
 from tandem.placement.cluster.lost import EnginesLost
@@ -34,6 +35,7 @@ from tandem.placement.cluster.parcel import Parcel
 from tandem.train.interrupt import Interrupted
 from tandem.train.run import Launch, train
 from tandem.train.session import Session
+from tiny_models import network
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 
@@ -198,12 +200,18 @@ def test_a_killed_driver_leaves_nothing_and_a_killed_learner_a_checkpoint(tmp_pa
 
 
 def test_an_error_inside_a_worker_says_role_node_and_cause(tmp_path):
-    """The driver does not look into the checkpoint that a learner is to begin with."""
-    path = recipe(
-        tmp_path, **SMALL | {"steps": 1}, placement={"kind": "apart", **RAY}, reference={"path": "/nowhere"}
-    )
+    """The driver does not look for every weight of a folder."""
+    folder = tmp_path / "reference"
+    network("qwen3").save_pretrained(folder)
+    new_tokenizer().save_pretrained(folder)
+    held = load_file(folder / "model.safetensors")
+    del held["model.layers.0.mlp.up_proj.weight"]
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    reference = {"path": str(folder)}
+    path = recipe(tmp_path, **SMALL | {"steps": 1}, placement={"kind": "apart", **RAY}, reference=reference)
     with pytest.raises(
-        ConfigError, match=r"learner 0 \(node \w+ at .*, pid \d+\): model.path=/nowhere does not exist"
+        ConfigError,
+        match=r"learner 0 \(node \w+ at .*, pid \d+\): reference.path=\S+ lacks 1 weights: .*up_proj",
     ):
         train(load(path), Launch(recipe=str(path)))
 

@@ -178,9 +178,14 @@ def test_an_interrupted_call_leaves_nothing_for_the_next_one(
     one.ready()
     main = threading.main_thread().ident
     assert main is not None
-    threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        one.score([group("sleep", "fine")])
+    # Where tests run in several processes, those ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            one.score([group("sleep", "fine")])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert kinds(one.score([group("none", "fine")])[0]) == ["invalid", 1.0]
 
 
