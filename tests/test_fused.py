@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import MistralConfig, MistralForCausalLM
 
+from tandem.engine import EmbeddedEngine, Request, SamplingParams
 from tandem.model import LanguageModel
 from tandem.model.attention import Rows
 from tandem.model.compiled import compile_blocks
@@ -23,10 +24,10 @@ def line():
 
 
 @torch.no_grad()
-def both(model):
-    """Hidden states of the written-out decoder and of the model's own."""
+def both(model, at_once=1):
+    """Hidden states of the written-out decoder, made for so many rows at once, and of the model's own."""
     tokens_N, rows = line()
-    forward = sampling_forward(model, 32, 1)
+    forward = sampling_forward(model, 32, at_once)
     assert isinstance(forward, Fused)
     return forward.hidden(tokens_N, rows.position_N, rows), model.hidden(tokens_N, rows.position_N, rows)
 
@@ -35,6 +36,44 @@ def both(model):
 def test_hidden_states_are_those_of_the_model(family):
     ours_NH, theirs_NH = both(language_model(family))
     torch.testing.assert_close(ours_NH, theirs_NH, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_weights_laid_out_numbers_stay_the_same(family):
+    model = language_model(family)
+    tokens_N, rows = line()
+    laid, plain = sampling_forward(model, 32, 64), sampling_forward(model, 32, 1)
+    assert laid.layers[0].down.weight.is_mkldnn and not plain.layers[0].down.weight.is_mkldnn
+    with torch.no_grad():
+        ours_NH, theirs_NH = (each.hidden(tokens_N, rows.position_N, rows) for each in (laid, plain))
+        torch.testing.assert_close(ours_NH, theirs_NH, atol=2e-5, rtol=1e-5)
+        for each in (laid, plain):
+            torch.testing.assert_close(each.logits(ours_NH), model.logits(ours_NH), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(*both(model, 64), atol=2e-5, rtol=1e-5)
+
+
+def test_a_call_of_the_engine_sees_the_weights_as_they_are():
+    """The copy that it lays out ends with it."""
+    model = language_model()
+    engine, params = EmbeddedEngine(model, 16), SamplingParams(max_tokens=6)
+    requests = [Request(tokens=(5, 6, 7 + i), key=i) for i in range(16)]
+    engine.generate(requests, params)
+    with torch.no_grad():
+        for weight in model.network.parameters():
+            weight.mul_(1.1)
+    changed = engine.generate(requests, params)
+    fresh = EmbeddedEngine(model, 16).generate(requests, params)
+    assert changed == fresh
+    for request, done in zip(requests, changed):
+        row = torch.tensor([*request.tokens, *done.tokens])
+        logp_TV = (
+            model.network(input_ids=row[None], layout=Rows(torch.tensor([len(row)])))
+            .logits[0]
+            .log_softmax(-1)
+        )
+        exact = [logp_TV[t - 1, row[t]].item() for t in range(len(request.tokens), len(row))]
+        assert done.logp == pytest.approx(exact, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", ["qwen2_grouped", "qwen3"])
