@@ -120,6 +120,21 @@ def test_away_from_a_terminal_the_console_gets_one_plain_line_per_step(tmp_path)
     assert len(lines) == 3
 
 
+def test_the_time_left_is_that_of_steps_and_not_of_the_warm_up(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(sinks.time, "monotonic", lambda: clock[0])
+    console = Console(file=io.StringIO(), width=120)
+    sink = sinks.ConsoleSink(run_of(tmp_path, "steps=10"), tmp_path, 0, console)
+    for seconds, metrics in [
+        (90.0, {"warmup/update": 1, "warmup/loss": 1.0}),
+        (100.0, {"eval/accuracy": 0.5}),
+        (102.0, {"reward/mean": 0.5, "timing/all": 2.0}),
+    ]:
+        clock[0] = seconds
+        sink.write(0, metrics)
+    assert console.file.getvalue().splitlines()[-1].endswith("  0:18 left")
+
+
 def test_on_a_terminal_the_console_shows_a_bar(tmp_path):
     out = io.StringIO()
     run = run_of(tmp_path, "journal.sinks=[console]")

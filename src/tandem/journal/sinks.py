@@ -69,6 +69,9 @@ class ConsoleSink(Sink):
         self._said_at = time.monotonic()
         # The line of a step describes it; with its update done, one more step is behind.
         done = step + ("timing/all" in metrics)
+        if done == self._start[0]:
+            # Warm-up and the first evaluation say nothing about how long a step takes.
+            self._start = (done, self._said_at)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, figures=figures, doing="")
         else:
