@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,14 @@ def run(seed: int, control: bool, folder: Path) -> dict[str, Any]:
     target = folder / f"{'control' if control else 'seed'}-{seed}"
     settings = [f"seed={seed}", f"run_dir={target}", f"reward.permute={str(control).lower()}"]
     command = [sys.executable, "-m", "tandem", "train", RECIPE, *settings]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return outcome(seed, control, target)
+    began = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        first = next((time.monotonic() - began for line in process.stdout if "step 1/" in line), None)
+        process.stdout.read()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return outcome(seed, control, target) | {"first_step_s": first}
 
 
 def outcome(seed: int, control: bool, target: Path) -> dict[str, Any]:
@@ -36,13 +43,13 @@ def outcome(seed: int, control: bool, target: Path) -> dict[str, Any]:
 
 def table(runs: list[dict[str, Any]]) -> str:
     lines = [
-        "| run | seed | accuracy before | after | greedy before | after | whole run, s | warm-up, s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| run | seed | accuracy before | after | greedy before | after | whole run, s | warm-up, s | to step 1, s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in runs:
         names = ("eval/accuracy", "eval/greedy_accuracy")
         cells = [f"{r[end][name]:.3f}" for name in names for end in ("start", "end")]
-        cells += [f"{r['seconds']:.0f}", f"{r['warmup_seconds']:.0f}"]
+        cells += [f"{r['seconds']:.0f}", f"{r['warmup_seconds']:.1f}", f"{r['first_step_s']:.1f}"]
         lines.append(f"| {'control' if r['control'] else 'GRPO'} | {r['seed']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -402,3 +402,14 @@ def test_new_model_follows_its_shape_and_seed():
         assert torch.equal(again.network.state_dict()[name], weight)
     first, second = (m.network.model.embed_tokens.weight for m in made.values())
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.1])
+def test_a_new_models_weights_are_as_wide_as_asked_for(spread):
+    config = Model(
+        new={"hidden_size": 64, "layers": 1, "heads": 4, "kv_heads": 4, "initializer_range": spread}
+    )
+    network = load(config, new_tokenizer(), CPU, seed=0).network
+    for name, weight in network.named_parameters():
+        if weight.ndim == 2:
+            assert weight.std().item() == pytest.approx(spread, rel=0.05), name

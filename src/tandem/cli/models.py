@@ -17,8 +17,8 @@ from tandem.cli.options import (
     Temperature,
     TopK,
     TopP,
+    import_libraries,
     plain_console,
-    quiet_libraries,
 )
 from tandem.cli.runs import recipe_file
 
@@ -44,7 +44,7 @@ def generate(
     """Answer prompts with a model."""
     if not prompts and file is None:
         raise typer.BadParameter("give a PROMPT, or --file with one per line")
-    quiet_libraries()
+    import_libraries()
     from tandem.talk import generate as generation
     from tandem.talk.place import locate
     from tandem.talk.speaker import open_speaker
@@ -76,7 +76,7 @@ def chat(
 
     `clear` forgets the conversation, `exit` leaves, Ctrl-C stops an answer.
     """
-    quiet_libraries()
+    import_libraries()
     from tandem.talk.chat import Chat, converse
     from tandem.talk.place import locate
     from tandem.talk.speaker import open_speaker
@@ -112,7 +112,7 @@ def evaluate(
     from tandem.talk.place import locate
 
     place = locate(model)
-    quiet_libraries()
+    import_libraries()
     from tandem.device import pick
     from tandem.talk.evaluate import measure, settings_of
     from tandem.talk.speaker import open_model
@@ -157,7 +157,7 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Convert weights between Hugging Face folders and Megatron-Core checkpoints."""
-    quiet_libraries()
+    import_libraries()
     from tandem.checkpoint.convert import convert as convert_weights
 
     written = convert_weights(

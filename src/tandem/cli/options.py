@@ -1,5 +1,6 @@
 """Options that several commands have, and what each does first."""
 
+import gc
 import os
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,18 +12,23 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def quiet_libraries() -> None:
-    """No progress bars or advice from below, but for downloads, which take long."""
+def import_libraries() -> None:
+    """Without progress bars or advice from below, but for downloads, which take long."""
     # Set by hand, or it warns at every new process; none of ours goes on in a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Threads that wait for each other spin only briefly: beside another busy process, long spinning starves both.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    # Imports make a million objects that stay: to look for garbage among them takes a fifth of the time.
+    gc.disable()
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as advice
 
     advice.set_verbosity_error()
     advice.disable_progress_bar()
     enable_progress_bars()
+    import tandem.model  # noqa: F401
+
+    gc.enable()
 
 
 def plain_console() -> "Console":

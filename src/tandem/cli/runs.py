@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tandem.cli.options import Debug, Overrides, Recipe, plain_console, quiet_libraries
+from tandem.cli.options import Debug, Overrides, Recipe, import_libraries, plain_console
 from tandem.commands import FAILURE
 from tandem.errors import ConfigError
 
@@ -32,7 +32,7 @@ def train(
     command = shlex.join([recipe, *(overrides or [])])
     if not fresh and say_if_finished(run, recipe, overrides or [], allow_config_change):
         return
-    quiet_libraries()
+    import_libraries()
     from tandem.train.run import Launch
     from tandem.train.run import train as train_run
 
@@ -73,7 +73,7 @@ def check(recipe: Recipe, overrides: Overrides = None, debug: Debug = False) -> 
         report(Finding(status="problem", name="keys", text=str(error), seconds=time.monotonic() - began))
         raise typer.Exit(FAILURE) from error
     report(Finding(status="ok", name="keys", text=run.arithmetic(), seconds=time.monotonic() - began))
-    quiet_libraries()
+    import_libraries()
     from tandem.train.check import check as check_run
 
     problems = 0
@@ -112,7 +112,7 @@ def plan(
     The model's config.json is enough; no weight is read.
     """
     run = resolved(recipe, overrides)
-    quiet_libraries()
+    import_libraries()
     from tandem.train.plan.request import planned
 
     typer.echo(

@@ -46,7 +46,8 @@ class ConsoleSink(Sink):
         self._console = console
         self._shown: dict[str, float] = {}
         self._said_at = time.monotonic()
-        self._start = (max(first_step - 1, 0), time.monotonic())
+        self._first: tuple[int, float] | None = None
+        """The first step done, and when: it took longer than those to come."""
         self._bar: Progress | None = None
         if console.is_terminal:
             columns = (
@@ -57,7 +58,7 @@ class ConsoleSink(Sink):
             )
             self._bar = Progress(*columns, TimeRemainingColumn(compact=True), console=console)
             self._task = self._bar.add_task(
-                "", total=run.steps, completed=self._start[0], figures="", doing=""
+                "", total=run.steps, completed=max(first_step - 1, 0), figures="", doing=""
             )
             self._bar.start()
 
@@ -69,9 +70,8 @@ class ConsoleSink(Sink):
         self._said_at = time.monotonic()
         # The line of a step describes it; with its update done, one more step is behind.
         done = step + ("timing/all" in metrics)
-        if done == self._start[0]:
-            # Warm-up and the first evaluation say nothing about how long a step takes.
-            self._start = (done, self._said_at)
+        if self._first is None and done > step:
+            self._first = (done, self._said_at)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, figures=figures, doing="")
         else:
@@ -96,7 +96,7 @@ class ConsoleSink(Sink):
             raise BrokenPipeError("nobody reads the console") from None
 
     def _time_left(self, step: int) -> str:
-        first, since = self._start
+        first, since = self._first or (step, 0.0)
         if step <= first or step >= self._steps:
             return ""
         left = round((time.monotonic() - since) / (step - first) * (self._steps - step))

@@ -48,6 +48,7 @@ def new_network(shape: NewModel, tokenizer: PreTrainedTokenizerFast, seed: int) 
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         max_position_embeddings=shape.max_positions,
+        initializer_range=shape.initializer_range,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

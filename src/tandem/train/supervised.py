@@ -39,13 +39,12 @@ def demonstrations(
     """Endless batches of prompts with worked answers, of which `wrong_share` follow the wrong method."""
     rng = random.Random(seed)
     while True:
-        rows, masks = [], []
-        for prompt in rng.choices(prompts, k=batch):
-            method = task.wrong if rng.random() < wrong_share else task.right
-            answer = tokenizer.encode(method(dict(prompt.row)), add_special_tokens=False)
-            answer.append(tokenizer.eos_token_id)
-            rows.append([*prompt.tokens, *answer])
-            masks.append([False] * len(prompt.tokens) + [True] * len(answer))
+        chosen = rng.choices(prompts, k=batch)
+        methods = [task.wrong if rng.random() < wrong_share else task.right for _ in chosen]
+        texts = [method(dict(prompt.row)) for method, prompt in zip(methods, chosen)]
+        answers = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rows = [[*p.tokens, *answer, tokenizer.eos_token_id] for p, answer in zip(chosen, answers)]
+        masks = [[t >= len(p.tokens) for t in range(len(row))] for p, row in zip(chosen, rows)]
         yield Examples(
             tokens_BT=pad(rows, torch.long),
             mask_BT=pad(masks, torch.bool, False),
