@@ -23,7 +23,7 @@ from shape import Shape
 RECIPE = Path(__file__).parents[1] / "recipes" / "runs" / "quickstart.yaml"
 # Rewards that differ within every group, or a step would have nothing to train on.
 REWARD = f"reward.functions=[{{name: {Path(__file__).with_name('reward.py')}:scrambled}}]"
-SHAPE = Shape(name="quickstart", hidden=128, layers=2, heads=4, kv_heads=2, intermediate=512, vocab=264)
+SHAPE = Shape(name="quickstart", hidden=128, layers=2, heads=8, kv_heads=4, intermediate=384, vocab=264)
 # Two threads in all: one process with both, or two with one each.
 APART = ["placement.kind=apart", "threads=1"]
 PLACEMENTS = {
