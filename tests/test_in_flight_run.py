@@ -217,7 +217,8 @@ def run_in(folder: Path, monkeypatch, **changes):
             self.on_learners(save_merged, place)
 
     monkeypatch.setattr(RemoteRoles, "serve", kept)
-    sampling = {"max_lag": 1, "in_flight": True, "slots": 4, "max_answer_tokens": 90}
+    # One answer at a time: sampling a step takes longer than an update, so that weights always find some in flight.
+    sampling = {"max_lag": 1, "in_flight": True, "slots": 1, "max_answer_tokens": 90}
     known = SMALL | {
         "steps": 5,
         "eval": {"every": None},
