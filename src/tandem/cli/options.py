@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def import_libraries() -> None:
-    """Without progress bars or advice from below, but for downloads, which take long."""
+    """Import what every command with a model needs, without progress bars (but for downloads) or advice from below."""
     # Set by hand, or it warns at every new process; none of ours goes on in a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Threads that wait for each other spin only briefly: beside another busy process, long spinning starves both.
