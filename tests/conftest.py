@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from tandem.config import Run, load
-from tandem.config.sections import Data, NewModel, Warmup
+from tandem.config.sections import Data, Learner, NewModel, Warmup
 from tandem.data import tasks
 from tandem.data.prompts import load_prompts
 from tandem.model import LanguageModel
@@ -63,8 +63,7 @@ def adding_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         batches,
         warmup_optimizer(warmup),
         warmup.steps,
-        tokens_per_forward=8192,
-        logits_mb=256,
+        learner=Learner(tokens_per_forward=8192, logits_mb=256),
         on_step=lambda step, metrics: None,
     )
     return saved(tmp_path_factory.mktemp("adding"), model)

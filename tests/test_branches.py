@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from conftest import random_model
+from tandem.config.sections import Learner
 from tandem.learner import micro_batches
 from tandem.model import token_logprobs
 from tandem.model.attention import Branches, Rows, lay
@@ -112,13 +113,23 @@ def test_packs_keep_groups_together_within_the_budget():
     given = batch([10, 6, 30], [[5, 4, 3], [9, 2], [1, 1, 1, 1]])
     length_B, prompt_B, group_B = (given[k] for k in ("length_B", "prompt_length_B", "group_B"))
     for budget in (1, 20, 36, 1000):
-        packs = micro_batches(length_B, budget, prompt_B, group_B)
+        packs = micro_batches(length_B, Learner(tokens_per_forward=budget), prompt_B, group_B)
         assert sorted(torch.cat(packs).tolist()) == list(range(len(length_B)))
         for pack in packs:
             heads = {int(group_B[i]): int(prompt_B[i]) for i in pack}
             tokens = sum(heads.values()) + int((length_B - prompt_B)[pack].sum())
             assert tokens <= budget or len(pack) == 1
-    assert next(len(p) for p in micro_batches(length_B, 34, prompt_B, group_B)) == 4, "30 + 4 x 1 fit exactly"
+    packs = micro_batches(length_B, Learner(tokens_per_forward=34), prompt_B, group_B)
+    assert len(packs[0]) == 4, "30 + 4 x 1 fit exactly"
+
+
+def test_a_long_prompt_gets_as_many_answer_tokens_beside_it_as_it_has():
+    given = batch([900, 700, 300], [[150] * 8, [100] * 8, [100] * 8])
+    rows = [given[k] for k in ("length_B", "prompt_length_B", "group_B")]
+    sizes = [len(pack) for pack in micro_batches(rows[0], Learner(), *rows[1:])]
+    assert sizes == [6, 2, 7, 1 + 3, 5], "room for 1,800, 1,800, 1,400, 1,400 and 1,280 tokens"
+    strict = micro_batches(rows[0], Learner(tokens_per_forward=1280), *rows[1:])
+    assert max(int(rows[0][pack].max()) + 150 * (len(pack) - 1) for pack in strict[:4]) <= 1280
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 from tandem.algorithms import split
+from tandem.config.sections import Learner
 from tandem.learner import Actor, micro_batches
 from tandem.types import Experience, take
 from tiny_models import FAMILIES, language_model, twin
@@ -127,13 +128,13 @@ def forwards_of_one_update(checkpointing: bool) -> int:
 
 def test_micro_batches_hold_every_row_once_within_the_budget():
     length_B = torch.tensor([5, 40, 7, 7, 1, 12, 3])
-    packs = micro_batches(length_B, 15)
+    packs = micro_batches(length_B, Learner(tokens_per_forward=15))
     assert sorted(torch.cat(packs).tolist()) == list(range(7))
     sizes = [int(length_B[p].sum()) for p in packs]
     assert sizes[0] == 40 and len(packs[0]) == 1, "a row above the budget stands alone"
     assert all(size <= 15 for size in sizes[1:])
-    assert len(micro_batches(length_B, 1)) == 7
-    assert len(micro_batches(length_B, 1000)) == 1
+    assert len(micro_batches(length_B, Learner(tokens_per_forward=1))) == 7
+    assert len(micro_batches(length_B, Learner(tokens_per_forward=1000))) == 1
 
 
 def test_update_does_not_depend_on_the_order_of_rows_or_groups():

@@ -25,7 +25,7 @@ from parallel_ranks import (
 )
 from tandem.checkpoint.sharded import export_sharded, read_sharded
 from tandem.config.layout import Layout
-from tandem.config.sections import Model
+from tandem.config.sections import Learner, Model
 from tandem.engine.probe import policy_logp
 from tandem.errors import ConfigError
 from tandem.learner import Actor, micro_batches, silenced
@@ -173,7 +173,7 @@ def test_a_silenced_part_has_no_loss_and_no_gradient(place):
 
 
 def test_one_process_cuts_as_before():
-    actor_rows = micro_batches(*(torch.tensor(x) for x in ([5, 9, 9, 3],)), 18)
+    actor_rows = micro_batches(torch.tensor([5, 9, 9, 3]), Learner(tokens_per_forward=18))
     assert [rows.tolist() for rows in actor_rows] == [[1, 2], [0, 3]]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tandem.algorithms import policy_loss
 from tandem.config.run import Run
-from tandem.config.sections import Algorithm
+from tandem.config.sections import Algorithm, Learner
 from tandem.config.sections import Optimizer as OptimizerConfig
 from tandem.errors import RunError
 from tandem.model import LanguageModel, token_logprobs, token_values
@@ -23,11 +23,11 @@ MIB = 2**20
 
 def micro_batches(
     length_B: Tensor,
-    tokens_per_forward: int,
+    learner: Learner,
     prompt_length_B: Tensor | None = None,
     group_B: Tensor | None = None,
 ) -> list[Tensor]:
-    """Row indices in packs of at most the token budget; a longer row stands alone.
+    """Row indices in packs of at most the tokens that `learner` gives their longest row.
 
     Long rows go with long rows. With `group_B`, rows of a group go together and their prompt counts once per pack.
     """
@@ -44,7 +44,7 @@ def micro_batches(
         if cost > room or not packs:
             packs.append([])
             cost = lengths[row]
-            room = max(tokens_per_forward, cost)
+            room = learner.room(cost, shared[row])
         packs[-1].append(row)
         room, last = room - cost, groups[row]
     return [torch.tensor(pack) for pack in packs]
@@ -115,13 +115,12 @@ class Role:
             yield rows, to_device(part, self.model.device)
 
     def _packs(self, batch: Batch, rows: Tensor) -> list[Tensor]:
-        budget = self.run.learner.tokens_per_forward
         length_B, prompt_length_B, group_B = (
             batch.length_B[rows],
             batch.prompt_length_B[rows],
             batch.group_B[rows],
         )
-        return [rows[pack] for pack in micro_batches(length_B, budget, prompt_length_B, group_B)]
+        return [rows[pack] for pack in micro_batches(length_B, self.run.learner, prompt_length_B, group_B)]
 
     def _token_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return token_logprobs(

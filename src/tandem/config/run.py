@@ -90,7 +90,7 @@ class Run(Section):
         so many answers each: as many as fill a forward, and at least an eighth of all. Fixed, so that it changes
         nothing when a unit is computed."""
         longest = answers * self.sampling.max_answer_tokens
-        full = self.placement.learners * self.learner.tokens_per_forward // longest
+        full = self.placement.learners * self.learner.room() // longest
         return max(1, full, -(-prompts // 8))
 
     @property
@@ -121,10 +121,11 @@ class Run(Section):
         policy = "on-policy" if self.on_policy else "only the first update of a step is on-policy"
         if s.max_lag:
             policy = f"{'tokens' if s.in_flight else 'answers'} at most {s.max_lag} steps old"
+        bound = "about" if learner.tokens_per_forward is None else "at most"
         return (
             f"{s.prompts_per_step} prompts x {s.answers_per_prompt} answers = {self.rollouts_per_step} rollouts"
             f" -> {learner.updates_per_step} update{'s' * (learner.updates_per_step > 1)} of {per_update}{times},"
-            f" in forwards of at most {learner.tokens_per_forward:,} tokens ({policy})"
+            f" in forwards of {bound} {learner.room():,} tokens ({policy})"
         )
 
     @model_validator(mode="after")

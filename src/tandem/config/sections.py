@@ -282,9 +282,10 @@ class Learner(Section):
     """Optimizer updates that a step's answers are cut into."""
     epochs_per_step: int = Field(1, gt=0)
     """Passes over a step's answers."""
-    tokens_per_forward: int = Field(1280, gt=0)
-    """Micro-batches hold at most so many tokens; the result does not depend on it. A CPU is fastest with one or two
-    thousand, an accelerator with as many as fit."""
+    tokens_per_forward: int | None = Field(None, gt=0)
+    """Micro-batches hold at most so many tokens, a longer row alone; the result does not depend on it. Null for 1280,
+    or for twice the prompt where that is more, so that a long prompt is not computed again for every few of its
+    answers. A CPU is fastest with one or two thousand, an accelerator with as many as fit."""
     attention: Literal["padded", "documents"] = "padded"
     """How rows of different lengths attend: side by side, padded, with the kernels of PyTorch; or in one line with
     document masks (FlexAttention), compiled on CUDA. The result is the same."""
@@ -302,6 +303,10 @@ class Learner(Section):
     all the same, to no use."""
     max_nonfinite: int = Field(3, gt=0)
     """The run stops after so many updates in a row with a loss or gradient that is not finite."""
+
+    def room(self, row: int = 0, prompt: int = 0) -> int:
+        """Tokens that a micro-batch may hold whose longest row has `row`, `prompt` of them shared by its answers."""
+        return max(row, self.tokens_per_forward or max(1280, 2 * prompt))
 
 
 class Reference(Section):

@@ -90,7 +90,7 @@ def build(
         compile_blocks(model)
     params = sampling_params(run, prompts.template)
     copied = vllm_beside(run, model, params) if run.engine.kind == "vllm" else None
-    engine = copied or EmbeddedEngine(model, run.sampling.slots, run.learner.tokens_per_forward)
+    engine = copied or EmbeddedEngine(model, run.sampling.slots, run.learner.room())
     ends, judge = model.stop_tokens | params.stop_tokens, reward_model_of(run, model)
     sampler = Sampler(engine, scorer, model.tokenizer, run, params, ends, judge)
     kl = run.algorithm.kl

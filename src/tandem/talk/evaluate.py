@@ -89,7 +89,7 @@ def measure(run: Run, model: LanguageModel, given: str) -> Result:
                 "positions; lower sampling.max_answer_tokens"
             )
         scorer.ready()
-        engine = EmbeddedEngine(model, run.sampling.slots, run.learner.tokens_per_forward)
+        engine = EmbeddedEngine(model, run.sampling.slots, run.learner.room())
         params = sampling_params(run, prompts.template)
         ends = model.stop_tokens | params.stop_tokens
         judge = reward_model_of(run, model)

@@ -334,9 +334,11 @@ def update(
     run: Run, shape: Shape, longest_prompt: int, word: int, axes: Axes, schedule: str
 ) -> dict[str, int]:
     """Forward and backward of one micro-batch, or of those on their way through a pipeline, with all gradients."""
-    longest = longest_prompt + run.sampling.max_answer_tokens
-    tokens = min(max(run.learner.tokens_per_forward, longest), run.rollouts_per_step * longest)
-    answers = tokens * run.sampling.max_answer_tokens // longest
+    answer, group = run.sampling.max_answer_tokens, run.sampling.answers_per_prompt
+    longest = longest_prompt + answer
+    tokens = min(run.learner.room(longest, longest_prompt), run.rollouts_per_step * longest)
+    beside = answer * max(1, min(group, (tokens - longest_prompt) // answer))
+    answers = tokens * beside // (longest_prompt + beside)
     logits = answers * shape.vocabulary * FLOAT // (axes.tensor * axes.context)
     layer = shape.kept(axes)
     parts = math.ceil(run.rollouts_per_step * longest / run.learner.updates_per_step / axes.data / tokens)

@@ -201,8 +201,7 @@ def warm_up(
         batches,
         warmup_optimizer(warmup),
         warmup.steps,
-        tokens_per_forward=run.learner.tokens_per_forward,
-        logits_mb=run.learner.logits_mb,
+        learner=run.learner,
         on_step=on_step,
     )
     return time.monotonic() - began

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tandem.algorithms import weights
+from tandem.config.sections import Learner, Warmup
 from tandem.config.sections import Optimizer as OptimizerConfig
-from tandem.config.sections import Warmup
 from tandem.data import tasks
 from tandem.learner import MIB, micro_batches
 from tandem.model import LanguageModel, token_logprobs
@@ -58,8 +58,7 @@ def supervise(
     optimizer: OptimizerConfig,
     steps: int,
     *,
-    tokens_per_forward: int,
-    logits_mb: int,
+    learner: Learner,
     on_step: Callable[[int, dict[str, float]], None],
 ) -> None:
     """Train on `steps` batches; `on_step(step, metrics)` follows each and may raise to stop."""
@@ -69,7 +68,7 @@ def supervise(
         weight_BT = weights(examples.mask_BT, "token_mean", 0)
         trainer.zero_grad()
         loss = 0.0
-        for rows in micro_batches(examples.length_B, tokens_per_forward):
+        for rows in micro_batches(examples.length_B, learner):
             device = model.device
             logp_BT, _ = token_logprobs(
                 model,
@@ -77,7 +76,7 @@ def supervise(
                 examples.mask_BT[rows].to(device),
                 examples.length_B[rows].to(device),
                 temperature=1.0,
-                logits_bytes=logits_mb * MIB,
+                logits_bytes=learner.logits_mb * MIB,
             )
             part = -(logp_BT * weight_BT[rows].to(device)).sum()
             part.backward()

@@ -129,7 +129,7 @@ def embedded(run: Run, adapter: bool, log: Path) -> ReceivingEngine:
     lora = run.model.lora if adapter else None
     config = run.model.model_copy(update={"dtype": dtype, "lora": lora})
     model = load(config, tokenizer_of(config), pick(run.device), seed=run.seed)
-    return ReceivingEngine(model, FilesRoad(), run.sampling.slots, run.learner.tokens_per_forward)
+    return ReceivingEngine(model, FilesRoad(), run.sampling.slots, run.learner.room())
 
 
 def vllm(run: Run, adapter: bool, log: Path) -> VllmEngine:

@@ -96,9 +96,10 @@ def learner_rates(run: Run, model: LanguageModel, shape: Shape, lengths: Lengths
     """Of one full micro-batch of groups with their prompts computed once."""
     p, a = round(lengths.prompt), round(lengths.answer)
     group = run.sampling.answers_per_prompt
-    groups = max(1, int(run.learner.tokens_per_forward // (p + group * a)))
+    room = run.learner.room(p + a, p)
+    groups = max(1, room // (p + group * a))
     groups = min(groups, run.sampling.prompts_per_step // run.learner.updates_per_step)
-    answers = max(1, min(group, (run.learner.tokens_per_forward - p) // a))
+    answers = max(1, min(group, (room - p) // a))
     rows = groups * answers
     tokens_BT = torch.randint(0, min(256, model.vocab_size), (rows, p + a))
     mask_BT = torch.arange(p + a).expand(rows, -1) >= p
@@ -145,7 +146,7 @@ def engine_rates(
 ) -> dict[str, float]:
     """From decoding steps with one answer, and with as many as there are slots."""
     p, steps = round(lengths.prompt), min(round(lengths.answer), STEPS)
-    engine = EmbeddedEngine(model, run.sampling.slots, run.learner.tokens_per_forward)
+    engine = EmbeddedEngine(model, run.sampling.slots, run.learner.room())
     short = replace(lengths, answer=float(steps), longest_answer=steps)
 
     def seconds(answers: int, tokens: int) -> float:

@@ -76,7 +76,7 @@ def share(run: Run, lengths: Lengths, data: int) -> Tokens:
     """
     s, groups = run.sampling, run.sampling.prompts_per_step // run.learner.updates_per_step
     p, a = lengths.prompt, lengths.answer
-    budget = max(run.learner.tokens_per_forward, p + a)
+    budget = run.learner.room(p + a, p)
     packs = math.ceil(s.answers_per_prompt / max(1, int((budget - p) // a)))
     pieces = min(s.answers_per_prompt, max(1, math.ceil(data / groups - 0.25)))
     mine = math.ceil(groups * pieces / data)
