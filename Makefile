@@ -20,7 +20,7 @@ fix: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Everything in docs/benchmarks.md that this machine can measure; an hour on two cores.
+# Sampling and one step on the CPU, of docs/benchmarks.md; an hour on two cores.
 bench: .venv-bench/run
 	for size in "256 4" "512 8"; do set -- $$size; \
 	  .venv-bench/bin/python benchmarks/rollout.py --hidden $$1 --layers $$2 && \

@@ -84,6 +84,15 @@ def flip(folder: Path, tensor: Tensor) -> None:
     raise AssertionError("no file holds the tensor")
 
 
+def flip_byte(path: Path, place: int) -> None:
+    """Flip one bit of a file."""
+    with path.open("r+b") as file:
+        file.seek(place)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+
+
 def group() -> tuple[BroadcastRoad, dict[str, Any]]:
     """A sender's end of a broadcast to one receiver, and where the receiver meets it."""
     sender = BroadcastRoad("127.0.0.1", 0, 0, 2, CPU, timeout_s=30)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -171,9 +171,11 @@ class JoinedNodes:
         for node in self._nodes:
             node.wait()
 
-    def start(self, *words: str) -> str:
-        """One more node, until it runs; it stays a child of this process."""
+    def start(self, *words: str, within: Sequence[str] = ()) -> str:
+        """One more node, until it runs; it stays a child of this process. `within` are the words of a command that
+        runs others."""
         command = [
+            *within,
             RAY,
             "start",
             "--block",

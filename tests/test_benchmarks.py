@@ -22,8 +22,10 @@ from job import Answer, Job
 from safetensors.torch import save_file
 from shape import FIRST_WORD, QWEN, Shape, small, text, tokenizer
 
+from published import FOLDER, needs
+
 ROOT = Path(__file__).parents[1]
-GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+GSM8K = FOLDER / "train.jsonl"
 TINY = ["--hidden", "64", "--layers", "1", "--prompts", "4", "--answers", "2", "--tokens", "8"]
 ONCE = ["--rounds", "1", "--repeats", "1"]
 
@@ -274,7 +276,7 @@ def test_the_bound_counts_weights_cache_and_prompts():
     assert bound.rollout_seconds(tiny, [3], 1, 2, (1.0, 1e30)) == 2 * 2 * n + 7 * attention + 2 * blocks * 3
 
 
-@pytest.mark.skipif(not GSM8K.exists(), reason="shared/data/gsm8k is not there")
+@needs(GSM8K)
 def test_the_recorded_lengths_are_those_of_the_data():
     assert lengths.histogram(GSM8K) == lengths.recorded()
 

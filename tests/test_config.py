@@ -319,10 +319,21 @@ def test_difference_lets_pass_what_may_change_on_resume(tmp_path):
         "reward.workers=4",
         "reward.model.layout.context=2",
     ]
-    elsewhere = ["placement.kind=colocated", "learner.sleep=true"]  # where profile=true is refused
-    assert len(free) + 2 == len(FREE_ON_RESUME)
+    colocated = ["placement.kind=colocated", "learner.sleep=true"]  # where profile=true is refused
+    vllm = ["engine.kind=vllm"]
+    engine = [
+        "engine.transfer=files",
+        "engine.transfer_dir=x",
+        "engine.verify_every=2",
+        "engine.tensor_parallel=2",
+        "engine.gpu_memory_utilization=0.5",
+        "engine.kv_cache_mb=99",
+        "engine.sleep=true",
+    ]
+    assert len(free) + len(colocated) + len(engine) == len(FREE_ON_RESUME)
     assert difference(load(path, judged), load(path, judged + free)) == []
-    assert difference(load(path), load(path, elsewhere)) == []
+    assert difference(load(path), load(path, colocated)) == []
+    assert difference(load(path, vllm), load(path, vllm + engine)) == []
     assert FREE_ON_RESUME and all(key in keys() for key in FREE_ON_RESUME)
 
 

@@ -3,7 +3,6 @@
 import csv
 import json
 import time
-from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -11,12 +10,13 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from published import FOLDER, needs
 from tandem.config.sections import Data
 from tandem.data.prompts import load_prompts
 from tandem.data.source import read_rows
 from tandem.errors import DataError
 
-GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
+GSM8K = FOLDER / "train.jsonl"
 ROWS = [
     {"question": "What is 1 + 1?", "answer": "2"},
     {"question": "Wie viel ist 2 + 3? \u2028 \u6570", "answer": "5"},
@@ -355,9 +355,8 @@ def test_fingerprint_changes_with_any_question_truth_or_order_and_with_nothing_e
     assert len({first, of(*ROWS[:2]), of(*reversed(ROWS)), of(*changed), of(*ROWS, limit=1)}) == 5
 
 
+@needs(GSM8K)
 def test_gsm8k_gives_every_question_with_its_gold_in_seconds(tokenizer):
-    if not GSM8K.is_file():
-        pytest.skip(f"GSM8K is not at {GSM8K}")
     started = time.monotonic()
     loaded = load(GSM8K, tokenizer, truth_after="####", template="qwen_r1", max_prompt_tokens=2000)
     assert time.monotonic() - started < 15

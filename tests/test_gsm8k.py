@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from published import FOLDER, needs
 from tandem.config import Run, load
 from tandem.data.prompts import load_prompts
 from tandem.errors import ConfigError
@@ -21,10 +22,10 @@ from tiny_models import chain
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "runs" / "gsm8k.yaml"
-GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+GSM8K = FOLDER / "train.jsonl"
 END = 258
 GUESS = "10"
-pytestmark = pytest.mark.skipif(not GSM8K.is_file(), reason=f"needs the published GSM8K at {GSM8K}")
+pytestmark = needs(GSM8K)
 
 FENCE = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMANDS = [

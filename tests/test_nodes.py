@@ -92,11 +92,15 @@ def whole(tmp_path_factory) -> list[dict]:
 
 
 @contextmanager
-def driver(nodes: JoinedNodes, said: Path, *command: object) -> Iterator[subprocess.Popen]:
+def driver(
+    nodes: JoinedNodes, said: Path, *command: object, folder: Path | None = None
+) -> Iterator[subprocess.Popen]:
     """A process of Python in that cluster; what it prints goes to a file."""
     with said.open("w") as output:
         words = [sys.executable, *map(str, command)]
-        process = subprocess.Popen(words, env=nodes.environ, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            words, env=nodes.environ, stdout=output, stderr=subprocess.STDOUT, cwd=folder
+        )
     try:
         yield process
     finally:
@@ -157,6 +161,44 @@ def test_a_cluster_joined_by_address_runs_its_recipe(nodes, tmp_path, random_fol
         assert process.wait(timeout=120) == 0, said.read_text()
     assert len({node for lives in places(tmp_path).values() for node, _ in lives}) == 2
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")][-1] in (2, 3)
+
+
+def test_learners_need_not_see_the_run_folder(tmp_path):
+    """Two learners, and then one, on a node with nothing where the driver has the run: weights of the warm-up, moved
+    reference, critic and checkpoints go there and come back, and the run is that of one process."""
+    if subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this user cannot hide a folder from a process")
+    gae = {"advantage": "gae", "scale": "none", "kl": {"coef": 0.05}}
+    changes = CHANGES | {
+        "steps": 6,
+        "algorithm": gae,
+        "reference": {"refresh_every": 2},
+        "warmup": {"steps": 3, "batch": 4},
+        "reward": {"functions": [{"name": "answer_number"}]},
+    }
+    one, here, said = tmp_path / "one", tmp_path / "here", tmp_path / "said"
+    for folder in one, here / "run":
+        folder.mkdir(parents=True)
+    path = recipe(one, **changes)
+    train(load(path), Launch(recipe=str(path)))
+    with JoinedNodes(tmp_path, "--num-cpus=0", port=6398) as nodes:
+        hidden = f'mount -t tmpfs -o ro none {here} && exec "$@"'
+        nodes.start(
+            f"--address={nodes.address}",
+            "--num-cpus=3",
+            within=["unshare", "--mount", "sh", "-c", hidden, "sh"],
+        )
+        placed = {"kind": "apart", "address": nodes.address, "learners": 2}
+        path = recipe(here, **changes, run_dir="run", placement=placed)
+        for words in ["steps=3"], ["placement.learners=1"]:
+            with driver(nodes, said, "-m", "tandem", "train", path, *words, folder=here) as process:
+                assert process.wait(timeout=120) == 0, said.read_text()
+    assert (here / "run" / "model" / "model.safetensors").is_file()
+    rows = ([row for row in trajectory(folder / "run") if "grad_norm" in row] for folder in (here, one))
+    for ours, other in zip(*rows, strict=True):
+        assert ours["step"] == other["step"] and ours["reward/mean"] == other["reward/mean"]
+        for name in ("grad_norm", "critic/value_loss", "kl/reference"):
+            assert ours[name] == pytest.approx(other[name], rel=1e-3, abs=1e-7), name
 
 
 def test_room_that_another_run_takes_first_is_waited_for_with_nothing_held(nodes, tmp_path):

@@ -144,8 +144,8 @@ def test_apart_is_the_run_of_one_process_though_an_engine_dies_and_another_hangs
 
 
 def test_several_engines_and_learners_go_on_from_one_process_and_it_from_them(inline, tmp_path, monkeypatch):
-    """Two steps each: in one process, with two engines and two learners that split the tokens, and in one process
-    again. Every engine is held to the log-probabilities that the learners compute together."""
+    """In one process, with two engines and two learners that split the tokens, with two pairs that share their memory,
+    and in one process again. Every engine is held to the log-probabilities that the learners compute together."""
     checked, check = [], Parcel.check
 
     def watched(self, engine, scores):
@@ -155,7 +155,11 @@ def test_several_engines_and_learners_go_on_from_one_process_and_it_from_them(in
     monkeypatch.setattr(Parcel, "check", watched)
     several = {"placement": {"kind": "apart", **RAY, "engines": 2, "learners": 2}}
     several["learner"] = LEARNER | {"layout": {"context": 2}}
-    for steps, changes in (2, {}), (4, several), (6, {}):
+    pairs = several | {
+        "placement": {"kind": "colocated", **RAY, "engines": 2, "learners": 2},
+        "engine": {"transfer": "ipc"},
+    }
+    for steps, changes in (2, {}), (3, several), (5, pairs), (6, {}):
         ours = run_in(tmp_path, steps=steps, **changes)
     assert [row["step"] for row in ours[:6]] == list(range(6))
     for row, other in zip(ours[:6], inline[:6], strict=True):
@@ -234,9 +238,18 @@ def test_colocated_refuses_lag_and_apart_other_roads(tmp_path):
     with pytest.raises(ConfigError, match="engines and learners take turns"):
         load(recipe(tmp_path, placement={"kind": "colocated"}, sampling={"max_lag": 1}))
     with pytest.raises(
-        ConfigError, match=r"transfer=broadcast: with placement.kind=colocated .* by auto, files"
+        ConfigError, match=r"transfer=broadcast: with placement.kind=colocated .* by auto, files, ipc"
     ):
         load(recipe(tmp_path, placement={"kind": "colocated"}, engine={"transfer": "broadcast"}))
+    with pytest.raises(ConfigError, match=r"ipc points into the memory that learner\.sleep=true gives away"):
+        load(
+            recipe(
+                tmp_path,
+                placement={"kind": "colocated"},
+                engine={"transfer": "ipc"},
+                learner={"sleep": True},
+            )
+        )
 
 
 TINY = {

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from copies import (
     adapted,
     beside,
     flip,
+    flip_byte,
     group,
     names,
     policy,
@@ -24,9 +26,10 @@ from copies import (
 from small_recipe import environment
 from tandem.engine import EmbeddedEngine, Request, SamplingParams, weights
 from tandem.engine import roads as roads_module
+from tandem.engine.ipc import IpcRoad, joined
 from tandem.engine.probe import check_probe
 from tandem.engine.receiver import ReceivingEngine
-from tandem.engine.roads import BroadcastRoad, FilesRoad, IpcRoad, MemoryRoad, buckets, joined
+from tandem.engine.roads import BroadcastRoad, FilesRoad, MemoryRoad, buckets
 from tandem.engine.weights import ModelWeights, Offer, checksum, named_tensors
 from tandem.errors import RunError
 
@@ -259,10 +262,75 @@ def test_the_probe_names_the_cause(files):
         check_probe(engine, near, 0, torch.bfloat16)
 
 
+OFFERING = """
+import sys
+import torch
+from copies import policy
+from tandem.engine.ipc import IpcRoad
+from tandem.engine.roads import BroadcastRoad
+from tandem.engine.weights import ModelWeights
+
+kind, device = sys.argv[1], torch.device(sys.argv[2])
+if device.type != "cpu":
+    torch.accelerator.set_device_index(device.index)
+model = policy(1)
+model.module.to(device)
+if kind == "ipc":
+    road = IpcRoad(device)
+    torch.save(road.offer(1, ModelWeights(model)), sys.argv[3])
+    print("offered", flush=True)
+    sys.stdin.readline()
+else:
+    road = BroadcastRoad("127.0.0.1", 0, 0, 2, device, timeout_s=120)
+    print(road.port, flush=True)
+    road.connect()
+    road.send(road.offer(1, ModelWeights(model)), ModelWeights(model))
+"""
+
+
+def offering(kind, device, *arguments):
+    command = [sys.executable, "-c", OFFERING, kind, str(device), *map(str, arguments)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, env=environment(), **pipes)
+
+
 def test_offers_of_several_gpus_are_joined():
     base = MemoryRoad().offer(1, ModelWeights(policy(0)))
     parts = [Offer.from_record(base.record(), {f"GPU-{i}": [("a", i)]}) for i in range(2)]
     assert joined(parts).place == {"GPU-0": [("a", 0)], "GPU-1": [("a", 1)]}
+
+
+def test_two_processes_share_the_memory_of_a_machine(tmp_path):
+    """Types of all sizes; the engine keeps what it took when the sender is gone, and takes nothing more from it."""
+    engine, twin = receiver(policy(0), IpcRoad(CPU)), policy(1)
+    with offering("ipc", "cpu", tmp_path / "offer") as process:
+        assert process.stdout.readline() == "offered\n"
+        offer = torch.load(tmp_path / "offer", weights_only=False)
+        engine.update(offer)
+        process.stdin.close()
+    same(engine, twin)
+    with pytest.raises(RunError, match=r"road ipc: its sender is gone, or has let go of it"):
+        engine.update(offer)
+    same(engine, twin)
+
+
+def test_memory_of_another_machine_or_version_is_refused_and_a_changed_byte_is_seen():
+    road = IpcRoad(CPU)
+    engine, sender = receiver(policy(0), road), policy(1)
+    elsewhere = Offer.from_record(road.offer(1, ModelWeights(sender)).record(), {"gpu box": []})
+    with pytest.raises(RunError, match=r"are in the memory of gpu box and the engine's is that of"):
+        engine.update(elsewhere)
+    old = road.offer(1, ModelWeights(sender))
+    new = road.offer(2, ModelWeights(policy(2)))
+    with pytest.raises(RunError, match="has let go of it"):
+        engine.update(old)
+    (handles,) = new.place.values()
+    path, _, start = dict(handles)[QUERY]
+    flip_byte(Path(path), start)
+    with pytest.raises(RunError, match=f"tensor {QUERY} changed on the way"):
+        engine.update(new)
+    same(engine, policy(0))
+    road.close()
 
 
 SENDER = """
@@ -294,47 +362,15 @@ def test_two_processes_broadcast():
     same(engine, twin)
 
 
-ON_GPU = """
-import sys
-import torch
-from copies import policy
-from tandem.engine.roads import BroadcastRoad, IpcRoad
-from tandem.engine.weights import ModelWeights
-
-kind, index = sys.argv[1], int(sys.argv[2])
-device = torch.device(torch.accelerator.current_accelerator().type, index)
-torch.accelerator.set_device_index(index)
-model = policy(1)
-model.module.to(device)
-if kind == "ipc":
-    road = IpcRoad(device)
-    torch.save(road.offer(1, ModelWeights(model)), sys.argv[3])
-    print("offered", flush=True)
-    sys.stdin.readline()
-else:
-    road = BroadcastRoad("127.0.0.1", 0, 0, 2, device, timeout_s=120)
-    print(road.port, flush=True)
-    road.connect()
-    road.send(road.offer(1, ModelWeights(model)), ModelWeights(model))
-"""
-
-
-def on_gpu(kind, index, *arguments):
-    command = [sys.executable, "-c", ON_GPU, kind, str(index), *map(str, arguments)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, env=environment(), **pipes)
-
-
 @pytest.mark.gpu
 def test_two_processes_share_gpu_memory(tmp_path):
     device = torch.device(torch.accelerator.current_accelerator(check_available=True).type, 0)
     model = policy(0)
     model.module.to(device)
     engine, twin = receiver(model, IpcRoad(device)), policy(1)
-    with on_gpu("ipc", 0, tmp_path / "offer") as process:
+    with offering("ipc", device, tmp_path / "offer") as process:
         assert process.stdout.readline() == "offered\n"
         engine.update(torch.load(tmp_path / "offer", weights_only=False))
-        process.stdin.write("\n")
         process.stdin.close()
     assert all(torch.equal(t.cpu(), named_tensors(twin)[n]) for n, t in named_tensors(model).items())
 
@@ -346,7 +382,7 @@ def test_two_gpus_broadcast():
     device = torch.device(torch.accelerator.current_accelerator().type, 1)
     model = policy(0)
     model.module.to(device)
-    with on_gpu("broadcast", 0) as process:
+    with offering("broadcast", f"{device.type}:0") as process:
         end = BroadcastRoad("127.0.0.1", int(process.stdout.readline()), 1, 2, device, timeout_s=120)
         end.connect()
         announced = ModelWeights(policy(1))

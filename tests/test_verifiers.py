@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from published import FOLDER, needs
 from tandem.rewards.arithmetic import evaluate
 from tandem.rewards.equality import math_equal
 from tandem.rewards.function import bind
@@ -16,7 +17,7 @@ from tandem.rewards.verifiers import SYMBOLIC, VERIFIERS
 TABLE = Path(__file__).parent / "data" / "verifier_scores.jsonl"
 ROWS = [json.loads(line) for line in TABLE.read_text("utf-8").splitlines()]
 DOCS = Path(__file__).parents[1] / "docs" / "rewards.md"
-GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "test.jsonl"
+GSM8K = FOLDER / "test.jsonl"
 
 
 def score(row: dict) -> float:
@@ -54,7 +55,7 @@ def test_a_truth_that_cannot_be_parsed_is_a_fault_of_the_data() -> None:
         VERIFIERS["countdown"]("<answer>4</answer>", "4", {"numbers": "4"})
 
 
-@pytest.mark.skipif(not GSM8K.is_file(), reason="GSM8K is not in the shared data folder")
+@needs(GSM8K)
 def test_gsm8k_gold_answers_are_right_and_off_by_one_is_wrong() -> None:
     golds = [json.loads(line)["answer"].rsplit("####", 1)[1].strip() for line in GSM8K.open(encoding="utf-8")]
     assert len(golds) > 1000

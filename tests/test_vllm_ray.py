@@ -4,9 +4,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
-from copies import QUERY, flip
+from copies import QUERY, flip_byte
 from small_recipe import recipe
 from tandem.config import load
 from tandem.errors import RunError
@@ -51,20 +50,25 @@ def test_apart_every_step_samples_from_the_weights_of_the_step_before(tmp_path):
 
 
 def test_colocated_a_flipped_byte_on_the_way_stops_the_run_with_the_tensors_name(tmp_path, monkeypatch):
-    """The bytes are those that lie in shared memory between the two processes."""
+    """The bytes are those of the memory that the two processes share."""
     update = Engines.update
 
     def flipped(self, parcel):
         if parcel.offer.version == 2:
-            (file,) = Path(parcel.offer.place).glob("*.safetensors")
-            flip(file.parent, load_file(file)[QUERY])
+            (handles,) = parcel.offer.place.values()
+            path, _, start = dict(handles)[QUERY]
+            flip_byte(Path(path), start)
         update(self, parcel)
 
     monkeypatch.setattr(Engines, "update", flipped)
     with pytest.raises(
-        RunError, match=rf"engine 0 \(node .*: weights of version 2 by road files: tensor {QUERY} changed"
+        RunError, match=rf"engine 0 \(node .*: weights of version 2 by road ipc: tensor {QUERY} changed"
     ):
-        run_in(tmp_path, engine={**ENGINE, "sleep": True}, placement={"kind": "colocated", **PLACED})
+        run_in(
+            tmp_path,
+            engine={**ENGINE, "sleep": True, "transfer": "ipc"},
+            placement={"kind": "colocated", **PLACED},
+        )
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["version"] for row in rows] == [1, 2], "the weights before came whole"
     assert all(row["rollout/logp_gap_max"] < 1e-4 for row in rows)

@@ -1,5 +1,6 @@
 """The roles that run a model over whole batches: actor and critic, which learn, and the reference, which does not."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
@@ -234,17 +235,14 @@ class Pupil(Role):
             )
 
 
-class Actor(Pupil):
-    """The policy and its optimizer."""
+class Policy(ABC):
+    """What learns to answer, wherever it is computed."""
 
-    key = "learner"
+    run: Run
 
-    def __init__(self, model: LanguageModel, run: Run, *, offload_gradients: bool = False) -> None:
-        super().__init__(model, run, run.learner.optimizer, offload_gradients)
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """All weights, whole, by their names in a Hugging Face folder. All processes iterate, in step."""
-        return self.model.weights()
+    @abstractmethod
+    def logprobs(self, batch: Batch) -> Tensor:
+        """As `Role.logprobs`."""
 
     def old_logprobs(self, batch: Batch) -> Tensor | None:
         """The ratio's denominator: None where the ratio is 1, or as `Run.old_logp` says."""
@@ -255,6 +253,19 @@ class Actor(Pupil):
                 return batch.policy_logp_BT
             case "recompute":
                 return self.logprobs(batch)
+
+
+class Actor(Pupil, Policy):
+    """The policy and its optimizer."""
+
+    key = "learner"
+
+    def __init__(self, model: LanguageModel, run: Run, *, offload_gradients: bool = False) -> None:
+        super().__init__(model, run, run.learner.optimizer, offload_gradients)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """All weights, whole, by their names in a Hugging Face folder. All processes iterate, in step."""
+        return self.model.weights()
 
     def update(self, parts: Sequence[Experience], kl_coef: float) -> dict[str, float]:
         """One optimizer update per part. Parts without signal and non-finite ones change nothing at all."""

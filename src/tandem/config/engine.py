@@ -14,8 +14,9 @@ class Engine(Section):
     """`embedded` decodes with the weights that are trained; `vllm` keeps a copy of them in an engine of its own."""
     transfer: Literal["auto", "memory", "ipc", "broadcast", "files"] = "auto"
     """Road of the weights to an engine with a copy: `memory` within one process, `files` through a folder, `broadcast`
-    (placement.kind=apart) through a process group of learner 0 and the engines; `ipc`, between processes on one GPU, is
-    for programs of your own. `auto`: memory within one process, files on one machine, else Ray's memory."""
+    (placement.kind=apart) through a process group of learner 0 and the engines, `ipc` (colocated) by handles of the
+    memory that each learner and its engine share. `auto`: memory within one process, files on one machine, else Ray's
+    memory."""
     transfer_dir: str | None = None
     """Folder for transfer=files, seen by trainer and engines; null for a new one in this machine's shared memory."""
     verify_every: int = Field(1, gt=0)

@@ -24,7 +24,7 @@ from tandem.config.sections import (
 
 ROADS = {
     "inline": ("auto", "memory", "files"),
-    "colocated": ("auto", "files"),
+    "colocated": ("auto", "files", "ipc"),
     "apart": ("auto", "files", "broadcast"),
 }
 """Values of engine.transfer that lead from trainer to engine, by placement.kind."""
@@ -44,7 +44,8 @@ class Run(Section):
     threads: int | None = Field(None, gt=0)
     """CPU threads for tensor work; null for the cores this process may use."""
     profile: bool = False
-    """Trace the second step, and table where its time went against the device's limits (`<run_dir>/profile`)."""
+    """Trace the second step, and table where its time went against the device's limits (`<run_dir>/profile`), with
+    placement.kind=inline."""
     model: Model
     data: Data
     warmup: Warmup | None = None
@@ -120,7 +121,7 @@ class Run(Section):
         times = f" x {learner.epochs_per_step} epochs" if learner.epochs_per_step > 1 else ""
         policy = "on-policy" if self.on_policy else "only the first update of a step is on-policy"
         if s.max_lag:
-            policy = f"{'tokens' if s.in_flight else 'answers'} at most {s.max_lag} steps old"
+            policy = f"{'tokens' if s.in_flight else 'answers'} at most {s.max_lag} step{'s' * (s.max_lag > 1)} old"
         bound = "about" if learner.tokens_per_forward is None else "at most"
         return (
             f"{s.prompts_per_step} prompts x {s.answers_per_prompt} answers = {self.rollouts_per_step} rollouts"
@@ -137,9 +138,13 @@ class Run(Section):
                 + " (a broadcast needs a device for each of its processes)" * (road == "broadcast")
             )
         adapter = self.model.lora is not None and self.placement.learners == 1
-        if road == "broadcast" and self.engine.kind == "vllm" and adapter:
+        if road in ("broadcast", "ipc") and self.engine.kind == "vllm" and adapter:
             raise ValueError(
-                "engine.transfer=broadcast: vLLM reads adapters (model.lora) from files; use auto or files"
+                f"engine.transfer={road}: vLLM reads adapters (model.lora) from files; use auto or files"
+            )
+        if road == "ipc" and self.learner.sleep:
+            raise ValueError(
+                "engine.transfer=ipc points into the memory that learner.sleep=true gives away; use auto or files"
             )
         return self
 

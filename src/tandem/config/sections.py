@@ -45,7 +45,7 @@ class Lora(Section):
     alpha: float = Field(32.0, gt=0)
     """Scale: the adapter adds alpha/rank * B A."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the adapter's input. Not 0 makes sampler and trainer disagree; the step-0 check then stops."""
+    """Dropout on the adapter's input in updates; answers and log-probabilities are without."""
     targets: list[str] | Literal["all-linear"] = "all-linear"
     """Names of the modules that get an adapter."""
 
@@ -60,7 +60,7 @@ class Model(Section):
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of the weights in the forward pass. With bf16 the optimizer keeps fp32 master weights."""
     trust_remote_code: bool = False
-    """Run Python code that the model folder brings along. Never read from the folder itself."""
+    """Run Python code that the model folder brings along. Only this key allows it; nothing in the folder can."""
     lora: Lora | None = None
     """Train adapters instead of all weights."""
 
@@ -97,7 +97,7 @@ class Data(Section):
     """`chat` (the tokenizer's own chat template), the name of a built-in template (`qwen_r1`, `qwen_math_r1`,
     `plain`, ...), or a YAML file with a template of your own."""
     system: str | None = None
-    """System message for every row; null for the template's own."""
+    """System message of rows that bring none of their own; null for the template's."""
     max_prompt_tokens: int = Field(512, gt=0)
     """Prompts longer than this are overlong."""
     on_overlong: Literal["error", "skip", "truncate"] = "error"

@@ -1,4 +1,4 @@
-"""The roads of the weights: within a process, through files, by broadcast, by handles of GPU memory.
+"""The roads of the weights: within a process, through files, by broadcast; that by handles of memory is in `ipc`.
 
 Every road has a sender's `offer` and a receiver's `read`; `rereadable` roads can be read twice, so that a receiver
 verifies everything before it changes anything.
@@ -12,7 +12,7 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from tandem.engine.weights import Offer, TensorSpec, Weights, checksum, compare
 from tandem.errors import RunError
@@ -70,7 +69,7 @@ class MemoryRoad:
 
     def offer(self, version: int, weights: Weights, *, verify: bool = True) -> Offer:
         sums = {name: checksum(tensor) for name, tensor in weights} if verify else None
-        return _offer(version, "memory", weights, sums, verify, weights)
+        return offer_of(version, "memory", weights, sums, verify, weights)
 
     def read(self, offer: Offer) -> Iterator[tuple[str, Tensor]]:
         return iter(offer.place)
@@ -98,7 +97,7 @@ class FilesRoad:
         tmp = self.root / f"{folder.name}.tmp-{secrets.token_hex(6)}"
         try:
             tmp.mkdir(parents=True, mode=0o700)
-            offer = _offer(version, "files", weights, _write(tmp, weights, verify), verify, str(folder))
+            offer = offer_of(version, "files", weights, _write(tmp, weights, verify), verify, str(folder))
             (tmp / MANIFEST).write_text(json.dumps(offer.record()), encoding="utf-8")
             if folder.exists():
                 shutil.rmtree(folder)
@@ -213,7 +212,7 @@ class BroadcastRoad:
         return self._group is not None
 
     def offer(self, version: int, weights: Weights, *, verify: bool = True) -> Offer:
-        return _offer(version, "broadcast", weights, None, verify, None)
+        return offer_of(version, "broadcast", weights, None, verify, None)
 
     def send(self, offer: Offer, weights: Weights) -> None:
         """Send what was offered, while all receivers read it."""
@@ -311,52 +310,7 @@ def size_of(spec: TensorSpec) -> int:
     return torch.Size(spec.shape).numel() * getattr(torch, spec.dtype).itemsize
 
 
-class IpcRoad:
-    """Handles of GPU memory, for another process on the same GPU; nothing is copied on the way.
-
-    The sender keeps the tensors alive until `release`, after the receivers have taken them. Engines on several GPUs
-    take the `joined` offers of the trainer's ranks on those GPUs.
-    """
-
-    rereadable = True
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._held: list[Tensor] = []
-
-    def offer(self, version: int, weights: Weights, *, verify: bool = True) -> Offer:
-        self._held = [tensor.detach().contiguous() for _, tensor in weights]
-        names = [spec.name for spec in weights.specs()]
-        sums = {name: checksum(t) for name, t in zip(names, self._held)} if verify else None
-        handles = [(name, reduce_tensor(t)[1]) for name, t in zip(names, self._held)]
-        return _offer(version, "ipc", weights, sums, verify, {self._gpu(): handles})
-
-    def read(self, offer: Offer) -> Iterator[tuple[str, Tensor]]:
-        if self._gpu() not in offer.place:
-            raise RunError(
-                f"weights of version {offer.version} by road ipc are on GPUs {sorted(offer.place)} and the engine is "
-                f"on {self._gpu()}; use engine.transfer=broadcast or files"
-            )
-        for name, handle in offer.place[self._gpu()]:
-            arguments = list(handle)
-            # The GPU's number in the sender's process; in this one it may have another.
-            arguments[6] = self.device.index or 0
-            yield name, rebuild_cuda_tensor(*arguments)
-
-    def release(self) -> None:
-        self._held = []
-
-    def _gpu(self) -> str:
-        return str(torch.get_device_module(self.device).get_device_properties(self.device).uuid)
-
-
-def joined(offers: Sequence[Offer]) -> Offer:
-    """One offer by IPC of the same weights from the trainer's ranks, each with the handles of its own GPU."""
-    places = {gpu: handles for offer in offers for gpu, handles in offer.place.items()}
-    return replace(offers[0], place=places)
-
-
-def _offer(
+def offer_of(
     version: int, road: str, weights: Weights, sums: dict[str, int] | None, verify: bool, place: object
 ) -> Offer:
     return Offer(

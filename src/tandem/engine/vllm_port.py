@@ -24,7 +24,8 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from tandem.device import synchronize
-from tandem.engine.roads import BroadcastRoad, FilesRoad, IpcRoad, MemoryRoad, Road, RoadBroken
+from tandem.engine.ipc import IpcRoad
+from tandem.engine.roads import BroadcastRoad, FilesRoad, MemoryRoad, Road, RoadBroken
 from tandem.engine.sampling import SamplingParams
 from tandem.engine.weights import Offer, verified
 from tandem.errors import RunError

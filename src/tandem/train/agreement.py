@@ -23,7 +23,7 @@ def check_agreement(actor: Actor, batch: Batch) -> None:
     if bool((excess(alone_logp_BT, alone, actor) > 0).any()):
         cause = (
             "the trainer gives the same value when it computes that answer alone, so the engine's decoding differs: "
-            "its cache, its temperature, or dropout in the model (model.lora.dropout must be 0)"
+            "its cache, or its temperature"
         )
     else:
         cause = "computed alone the answer agrees, so the trainer's packed forward mixes rows"

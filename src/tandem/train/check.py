@@ -258,10 +258,18 @@ def on_one_host(run: Run, need: Memory) -> tuple[int, str]:
         return need.peak + away, ""
     if place.kind == "colocated":
         pairs = place.learners * (need.peak + away)
-        return pairs, f"{place.learners} pairs of a learner and an engine, as if on one machine; of each: "
+        return (
+            pairs,
+            f"{several(place.learners, 'pair')} of a learner and an engine, as if on one machine; of each: ",
+        )
     apart = place.learners * (need.learner + away) + place.engines * need.engine
-    whose = f"{place.learners} learners of {readable(need.learner + away)}, {place.engines} engines of "
-    return apart, f"{whose}{readable(need.engine)}, as if on one machine; largest parts of each: "
+    learners = f"{several(place.learners, 'learner')} of {readable(need.learner + away)}"
+    engines = f"{several(place.engines, 'engine')} of {readable(need.engine)}"
+    return apart, f"{learners}, {engines}, as if on one machine; largest parts of each: "
+
+
+def several(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count > 1)}"
 
 
 SMALLER = (

@@ -87,7 +87,7 @@ class RemoteRoles:
 
     def on_learners(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """`work(actor, reference, *arguments)` in every learner; the value is that of the first."""
-        return self.learners.compute("apply", work, *arguments)
+        return self.learners.apply("apply", work, *arguments)
 
     def take_seconds(self) -> dict[str, float]:
         """As `inline.Roles.take_seconds`, on the clocks of those who work."""
@@ -99,7 +99,7 @@ class RemoteRoles:
 
     def on_critic(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """As `on_learners`, with `work(critic, *arguments)`, for a run that has one."""
-        return self.learners.compute("apply_critic", work, *arguments)
+        return self.learners.apply("apply_critic", work, *arguments)
 
     def close(self) -> None:
         self.open.close()
@@ -113,7 +113,7 @@ def build(
     reference_folder: Path | None = None,
 ) -> RemoteRoles:
     """The roles of a run. `start` is what the learners begin with where it is made in this process; else each loads
-    `model`. The run folder must be seen by all learners."""
+    `model`."""
     port = ray_port()
     # Both name the port, which only a run with Ray can import.
     places = importlib.import_module("tandem.placement.cluster.places")

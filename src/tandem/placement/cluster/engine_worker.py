@@ -5,11 +5,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from tandem.config.run import Run
 from tandem.device import pick
 from tandem.engine import Completion, Pause, Request, SamplingParams
+from tandem.engine.ipc import IpcRoad
 from tandem.engine.receiver import ReceivingEngine
-from tandem.engine.roads import BroadcastRoad, FilesRoad, Meeting
+from tandem.engine.roads import BroadcastRoad, FilesRoad, Meeting, Road
 from tandem.engine.vllm import VllmEngine
 from tandem.engine.weights import Offer
 from tandem.errors import RunError
@@ -41,7 +44,7 @@ class EngineWorker(Process):
         self._number = self._tokens = self._wanted = 0
         self._finished: list[tuple[int, Completion]] = []
         self._stop = threading.Event()
-        self.adapter, self.log = adapter, Path(log)
+        self.adapter = adapter
         self._engine: ReceivingEngine | VllmEngine | None = None
         self._meeting: Meeting | None = None
 
@@ -61,7 +64,7 @@ class EngineWorker(Process):
         if offer.road == "broadcast":
             self._join(offer.place)
         elif isinstance(self.engine, ReceivingEngine):
-            self.engine.road = ObjectsRoad() if offer.road == "objects" else FilesRoad()
+            self.engine.road = reading_end(offer.road, self.engine.model.device)
         elif offer.road == "objects":
             # vLLM's own workers are not Ray's: they read files.
             offer = FilesRoad(self.log.with_suffix(".weights"), keep=1).offer(
@@ -124,6 +127,17 @@ class EngineWorker(Process):
             raise Pause
 
 
+def reading_end(road: str, device: torch.device) -> Road:
+    """Of a road that needs no meeting."""
+    match road:
+        case "ipc":
+            return IpcRoad(device)
+        case "objects":
+            return ObjectsRoad()
+        case _:
+            return FilesRoad()
+
+
 def embedded(run: Run, adapter: bool, log: Path) -> ReceivingEngine:
     dtype = run.engine.dtype or run.model.dtype
     lora = run.model.lora if adapter else None
@@ -148,5 +162,5 @@ def vllm(run: Run, adapter: bool, log: Path) -> VllmEngine:
         fill=adapter,
     )
     if run.engine.transfer != "broadcast":
-        engine.connect("files")
+        engine.connect("ipc" if run.engine.transfer == "ipc" else "files")
     return engine

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tandem.config.run import Run
 from tandem.device import describe, pick
+from tandem.engine.ipc import IpcRoad, joined
 from tandem.engine.probe import TOLERANCE, policy_logp, probe_tokens
 from tandem.engine.roads import FilesRoad, Meeting
 from tandem.engine.weights import ModelWeights, Offer, TensorSpec, Weights, spec_of
@@ -22,6 +24,7 @@ from tandem.model.load import DTYPES
 from tandem.placement import ranks
 from tandem.placement.cluster import port
 from tandem.placement.cluster.broadcast import Sender
+from tandem.placement.cluster.carried import Files, at_hand
 from tandem.placement.cluster.objects import ObjectsRoad
 from tandem.placement.cluster.parcel import Parcel
 from tandem.placement.cluster.process import Process
@@ -66,13 +69,26 @@ class LearnerWorker(Process):
         self.critic: Critic | None = None
         self.reward_model: RewardModel | None = None
 
+    def sees(self, file: str) -> bool:
+        """Whether a file of the driver is there in this process."""
+        return Path(file).is_file()
+
     def build(
-        self, address: str, weights: str | None, reference: str | None, root: str | None
+        self, address: str, weights: str | Files | None, reference: str | Files | None, root: str | None
     ) -> Facts | None:
         """Load the models: the policy from `weights`, a folder, where the run has one; the ranks meet at `address`.
         Versions of the weights for the engines go below `root`, or through Ray."""
+        with at_hand(weights) as start, at_hand(reference) as folder:
+            self._load(address, start, folder)
+        self.dtype = DTYPES[self.run.engine.dtype or self.run.model.dtype]
+        self.weights = self._weights()
+        self.road = self._sending_end(root)
+        if self.rank == 0:
+            self.road.close()  # Versions of an earlier run, which may have had higher numbers.
+        return self._facts() if self.rank == 0 else None
+
+    def _load(self, address: str, start: Path | None, folder: Path | None) -> None:
         run = self.run
-        start, folder = (None if given is None else Path(given) for given in (weights, reference))
         if self.world == 1:
             model = load(run.model, tokenizer_of(run.model), pick(run.device), seed=run.seed, resume=start)
             if run.learner.compile:
@@ -89,12 +105,6 @@ class LearnerWorker(Process):
                 self.critic = ranks.build_critic(run, run.critic.layout, self.actor)
             if (judge := run.reward.model) is not None:
                 self.reward_model = ranks.build_reward_model(run, judge.layout, self.actor)
-        self.dtype = DTYPES[run.engine.dtype or run.model.dtype]
-        self.weights = self._weights()
-        self.road = self._sending_end(root)
-        if self.rank == 0:
-            self.road.close()  # Versions of an earlier run, which may have had higher numbers.
-        return self._facts() if self.rank == 0 else None
 
     def logprobs(self, batch: Batch) -> Tensor | None:
         return self._first(self.actor.logprobs(batch))
@@ -135,19 +145,14 @@ class LearnerWorker(Process):
 
     def offer(self, version: int, verify: bool) -> Parcel | None:
         """Put the weights as they are now on the road."""
-        offer = None
-        if self.rank == 0:
-            offer = self.road.offer(version, self.weights, verify=verify)
-        else:
-            for _ in self.weights:
-                pass
+        offer = self._offer(version, verify)
         model, logp = self.actor.model, ()
         probe = probe_tokens(model.vocab_size, model.max_positions)
         if verify:
             model.module.eval()
             logp = tuple(policy_logp(model, probe))
         tolerance = max(TOLERANCE[self.dtype], TOLERANCE[model.network.dtype])
-        return None if offer is None else Parcel(offer, probe, logp, tolerance)
+        return self._first(None if offer is None else Parcel(offer, probe, logp, tolerance))
 
     def sleep(self) -> int:
         """Give the device's memory to the engine beside it; returns the bytes that wait in host memory."""
@@ -173,12 +178,12 @@ class LearnerWorker(Process):
         self.road.send(offer)
 
     def apply(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """`work(actor, reference, *arguments)` where these are."""
-        return self._first(work(self.actor, self.reference, *arguments))
+        """`work(actor, reference, *arguments)` where these are, and its value, of every rank."""
+        return work(self.actor, self.reference, *arguments)
 
     def apply_critic(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """`work(critic, *arguments)` where it is."""
-        return self._first(work(self.critic, *arguments))
+        """As `apply`, of `work(critic, *arguments)`."""
+        return work(self.critic, *arguments)
 
     def close(self) -> None:
         if self.rank == 0:
@@ -187,11 +192,26 @@ class LearnerWorker(Process):
     def _first(self, value: Any) -> Any:
         return value if self.rank == 0 else None
 
-    def _sending_end(self, root: str | None) -> FilesRoad | ObjectsRoad | Sender:
+    def _offer(self, version: int, verify: bool) -> Offer | None:
+        """That of rank 0, with the handles of all ranks where each shares its memory with an engine."""
+        if isinstance(self.road, IpcRoad):
+            offers = [self.road.offer(version, self.weights, verify=verify)] * self.world
+            if self.world > 1:
+                dist.all_gather_object(offers, offers[0])
+            return joined(offers)
+        if self.rank == 0:
+            return self.road.offer(version, self.weights, verify=verify)
+        for _ in self.weights:
+            """All ranks gather what rank 0 sends."""
+        return None
+
+    def _sending_end(self, root: str | None) -> FilesRoad | ObjectsRoad | Sender | IpcRoad:
         # As many as may be under way while the newest is made, and that of an engine that is started anew.
         keep = self.run.sampling.max_lag + 2
         if self.run.engine.transfer == "broadcast":
             return Sender(port.own_address(), self.actor.model.device, keep)
+        if self.run.engine.transfer == "ipc":
+            return IpcRoad(self.actor.model.device)
         return ObjectsRoad() if root is None else FilesRoad(Path(root), keep)
 
     def _weights(self) -> Weights:

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from tandem.config.run import Run
 from tandem.errors import RunError
-from tandem.learner import Critic, units
+from tandem.learner import Critic, Policy, units
 from tandem.placement.cluster import port
+from tandem.placement.cluster.carried import Carried, pack, unpack
 from tandem.placement.cluster.learner_worker import Facts
 from tandem.placement.cluster.lost import WorkerLost
 from tandem.rollout import Units
@@ -37,6 +39,8 @@ class Learners:
     def __init__(self, workers: Sequence[port.Worker], run: Run, turn: Callable[[], None]) -> None:
         """`turn` is called before they compute: where engines share their devices it puts these to sleep."""
         self.workers, self.run, self._turn = workers, run, turn
+        self.see_folders = True
+        """Whether each of them sees the folders of this process."""
         self._asleep = False
         self._asking = threading.Lock()
         self._last: Begun | None = None
@@ -53,6 +57,20 @@ class Learners:
         """As `call`, for what takes the devices' memory."""
         self.take_devices(self._turn)
         return self.call(method, *arguments)
+
+    def apply(self, method: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        """As `compute` of a method that does `work`; a path among the arguments is that of a folder of this process."""
+        # They may have been started elsewhere than this process.
+        arguments = tuple(given.absolute() if isinstance(given, Path) else given for given in arguments)
+        folders = [given for given in arguments if isinstance(given, Path)]
+        if self.see_folders or not folders:
+            return self.compute(method, work, *arguments)
+        (folder,) = folders
+        self.take_devices(self._turn)
+        made = self.finish_all(self.begin(method, Carried(work, pack(folder)), *arguments))
+        for _, files in made:
+            unpack(files, folder)
+        return made[0][0]
 
     def take_devices(self, turn: Callable[[], None]) -> None:
         """`turn` puts engines that share them to sleep; then the learners wake."""
@@ -76,8 +94,12 @@ class Learners:
         return begun
 
     def finish(self, begun: Begun, timeout_s: float | None = None) -> Any:
-        """The value of rank 0, when all are done. Each method has its time from the end of the one before, whichever
-        thread asked for it."""
+        """The value of rank 0, when all are done."""
+        return self.finish_all(begun, timeout_s)[0]
+
+    def finish_all(self, begun: Begun, timeout_s: float | None = None) -> list[Any]:
+        """The values of all ranks. Each method has its time from the end of the one before, whichever thread asked for
+        it."""
         limit = timeout_s or self.run.placement.learner_timeout_s
         queue = [begun]
         while (before := queue[-1].before) is not None:
@@ -85,7 +107,7 @@ class Learners:
         for earlier in reversed(queue[1:]):
             self._wait(earlier.calls, limit)
         begun.before = None
-        return self._results(begun.calls, limit)[0]
+        return self._results(begun.calls, limit)
 
     def take_turn_s(self) -> float:
         """Seconds since the last call in which engines went to sleep and learners woke."""
@@ -145,7 +167,7 @@ class Learners:
         )
 
 
-class RemoteActor:
+class RemoteActor(Policy):
     """The policy and its optimizer."""
 
     def __init__(self, learners: Learners, facts: Facts) -> None:
@@ -155,15 +177,6 @@ class RemoteActor:
 
     def logprobs(self, batch: Batch) -> Tensor:
         return self.learners.compute("logprobs", batch)
-
-    def old_logprobs(self, batch: Batch) -> Tensor | None:
-        match self.run.old_logp:
-            case "none":
-                return None
-            case "rollout":
-                return batch.policy_logp_BT
-            case "recompute":
-                return self.logprobs(batch)
 
     def update(self, parts: Sequence[Experience], kl_coef: float) -> dict[str, float]:
         figures, self._counters = self.learners.compute("update", parts, kl_coef)

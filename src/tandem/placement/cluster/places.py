@@ -1,5 +1,6 @@
 """Who sits where: bundles of devices, one per worker or per pair that shares a device, and the workers on them."""
 
+import tempfile
 from collections.abc import Mapping
 from concurrent.futures import wait
 from pathlib import Path
@@ -8,6 +9,7 @@ from tandem.config.run import Run
 from tandem.errors import ConfigError
 from tandem.placement.cluster.ahead import Line
 from tandem.placement.cluster.broadcast import Broadcasting, Reading
+from tandem.placement.cluster.carried import pack
 from tandem.placement.cluster.engine_worker import EngineWorker
 from tandem.placement.cluster.engines import Engines
 from tandem.placement.cluster.learner_worker import Facts, LearnerWorker
@@ -67,8 +69,16 @@ class Placed:
             )
         root = None if apart else str(self.root)
         address = self.learners.workers[0].call("meeting_point").result(timeout_s)
-        folders = [None if folder is None else str(folder.absolute()) for folder in (start, reference)]
+        self.learners.see_folders = self._are_seen(Path(self.run.run_dir).absolute())
+        give = (lambda folder: str(folder.absolute())) if self.learners.see_folders else pack
+        folders = [None if folder is None else give(folder) for folder in (start, reference)]
         return self.learners.call("build", address, *folders, root, timeout_s=timeout_s)
+
+    def _are_seen(self, folder: Path) -> bool:
+        """Whether every learner sees the files of a folder of this process."""
+        with tempfile.NamedTemporaryFile(prefix=".seen-", dir=folder) as file:
+            calls = [worker.call("sees", file.name) for worker in self.learners.workers]
+            return all(call.result(self.run.placement.start_timeout_s) for call in calls)
 
     def close_learners(self) -> None:
         """Remove the weights that lie on the road, which a learner that is gone cannot. Then nobody waits for one."""

@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -19,13 +20,13 @@ class Process:
 
     def __init__(self, log: str, run: Run) -> None:
         self.run = run
-        keep_log(Path(log))
-        logging.getLogger("tandem.worker").info("%s: %s", Path(log).stem, self.place())
+        self.log, self._moved = keep_log(Path(log))
+        logging.getLogger("tandem.worker").info("%s: %s", self.log.stem, self.place())
         set_threads(run.placement.cpus)
         torch.manual_seed(run.seed)
 
     def place(self) -> str:
-        return port.whereabouts()
+        return port.whereabouts() + (f", log {self.log}" if self._moved else "")
 
     def meeting_point(self) -> str:
         """host:port at which other processes can find this one; the port was free just now."""
@@ -34,9 +35,14 @@ class Process:
             return f"{port.own_address()}:{probe.getsockname()[1]}"
 
 
-def keep_log(path: Path) -> None:
-    """Everything this process and its children print goes to a file of its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def keep_log(path: Path) -> tuple[Path, bool]:
+    """Everything this process and its children print goes to a file of its own; returns its path, and whether that is
+    another one, for there is no such folder on this node and none can be made."""
+    moved = False
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        path, moved = Path(tempfile.mkdtemp(prefix="tandem-logs-")) / path.name, True
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -45,3 +51,4 @@ def keep_log(path: Path) -> None:
     os.close(descriptor)
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    return path, moved
