@@ -13,6 +13,7 @@ from config_file import SMALL, refusal, write
 from tandem.config import difference, dump, load, preset_names
 from tandem.config.load import FREE_ON_RESUME
 from tandem.config.schema import keys
+from tandem.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 REQUIRED = {name: ["model.path=models/any", "data.train=train.jsonl"] for name in ("gsm8k", "cluster")}
@@ -298,6 +299,20 @@ def test_difference_names_what_a_resumed_run_must_not_change(tmp_path):
     assert all(
         line.split(":")[0].split(".")[0] in {"learner", "warmup", "reward", "algorithm"} for line in said
     )
+
+
+@pytest.mark.parametrize("keys", [
+    [],
+    ["algorithm.preset=rloo"],
+    ["algorithm.preset=dapo"],
+    ["algorithm.advantage=discounted", "algorithm.scale=none", "algorithm.group_baseline=true"],
+])  # fmt: skip
+def test_an_answer_that_is_compared_with_none_is_refused(tmp_path, keys):
+    path = write(tmp_path, SMALL)
+    with pytest.raises(ConfigError, match=r"answers_per_prompt=1: .* alone it teaches nothing"):
+        load(path, ["sampling.answers_per_prompt=1", *keys])
+    alone = ["algorithm.advantage=discounted", "algorithm.scale=none"]
+    assert load(path, ["sampling.answers_per_prompt=1", *alone]).rollouts_per_step > 0
 
 
 def test_difference_lets_pass_what_may_change_on_resume(tmp_path):

@@ -124,6 +124,36 @@ def test_steps_of_fixed_shape_give_the_same_answers(monkeypatch, prompts):
         assert one.logp == pytest.approx(other.logp, abs=1e-5)
 
 
+@pytest.mark.parametrize("fits", [64, 3])
+def test_steps_that_are_kept_serve_calls_with_other_prompts(monkeypatch, fits):
+    """What a GPU keeps, without the graphs: a cache as large as any call wanted, or with fewer slots where memory is
+    short, and steps by ways of sampling, which later see longer prompts than when they were made."""
+    model, longest = language_model("qwen3"), 24 + 30
+    column = 2 * model.layers * model.key_heads * model.head_dim * 4
+    calls = [
+        ([tuple(range(24)), (4, 2)], SamplingParams(temperature=0, max_tokens=30)),
+        ([(3, 1), (7, 7, 7), (1, 2)], SamplingParams(max_tokens=30, stop_tokens=STOPS)),
+        ([(5,), tuple(range(20, 40))], SamplingParams(max_tokens=30, stop_tokens=STOPS)),
+    ]
+    batches = [
+        ([Request(tokens=p, key=key(7, a)) for p in prompts for a in range(4)], params)
+        for prompts, params in calls
+    ]
+    plain = [EmbeddedEngine(model, 8).generate(*batch) for batch in batches]
+    monkeypatch.setattr(embedded, "captures", lambda device: True)
+    monkeypatch.setattr(embedded, "free_bytes", lambda device: int(fits * column * longest / 0.8) + 1)
+    monkeypatch.setattr(embedded, "CapturedSteps", FixedSteps)
+    engine = EmbeddedEngine(model, 8)
+    for ours, theirs in zip((engine.generate(*batch) for batch in batches), plain, strict=True):
+        assert [c.tokens for c in ours] == [c.tokens for c in theirs]
+    assert engine._held.slots.room.slots == min(fits, 8)
+    kept = engine._held.slots
+    engine.generate(*batches[0])
+    assert engine._held.slots is kept
+    engine.release()
+    assert engine._held is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("slots", [3, 64])
 def test_captured_steps_give_the_answers_of_plain_ones_and_see_new_weights(slots):

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from tandem.config.engine import Engine
 from tandem.config.sections import Lora
 from tandem.engine import SamplingParams
-from tandem.engine.vllm import arguments, changes_distribution, check_params, port
+from tandem.engine.vllm import arguments, changes_distribution, check_params, check_room, port
 from tandem.errors import ConfigError
 
 
@@ -81,6 +81,15 @@ def test_auto_takes_the_shortest_road():
     assert vllm.road(one_process=True, adapter=True) == "files"
     assert Engine(kind="vllm", tensor_parallel=2).road(one_process=True, adapter=False) == "files"
     assert Engine(kind="vllm", transfer="ipc").road(one_process=False, adapter=False) == "ipc"
+
+
+def test_a_pass_over_a_whole_answer_needs_one_position_more():
+    check_room(100, SamplingParams(), 100)
+    check_room(99, SamplingParams(top_p=0.9), 100)
+    with pytest.raises(ConfigError, match=r"up to 100 tokens and one for the pass that says .* limit of 100"):
+        check_room(100, SamplingParams(top_p=0.9), 100)
+    with pytest.raises(ConfigError, match=r"up to 101 tokens, above .* of 100; raise engine\.max_model_len"):
+        check_room(101, SamplingParams(), 100)
 
 
 def test_sampling_that_vllm_cannot_account_for_is_refused():

@@ -73,14 +73,19 @@ def test_equal_rewards_change_nothing_at_all(random_folder, make_run, quiet):
 
 
 @pytest.mark.parametrize("preset", preset_names())
-def test_a_group_of_one_is_finite(preset, random_folder, make_run, quiet):
-    run = make_run(
-        random_folder,
-        steps=2,
-        sampling={"answers_per_prompt": 1},
-        reward=rewarded("length"),
-        algorithm={"preset": preset, "kl": {"coef": 0.05}},
-    )
+def test_a_group_of_one_is_finite_or_refused(preset, random_folder, make_run, quiet):
+    """Refused where answers are compared with the others of their group."""
+    settings = {
+        "steps": 2,
+        "sampling": {"answers_per_prompt": 1},
+        "reward": rewarded("length"),
+        "algorithm": {"preset": preset, "kl": {"coef": 0.05}},
+    }
+    if preset not in ("ppo", "reinforce_pp"):
+        with pytest.raises(ConfigError, match="alone it teaches nothing"):
+            make_run(random_folder, **settings)
+        return
+    run = make_run(random_folder, **settings)
     train(run, quiet)
     assert all_finite(run)
 
@@ -142,10 +147,10 @@ def test_a_sampler_that_means_something_else_by_a_logprob_is_found_before_the_fi
 ):
     honest = inline.sampling_params
 
-    def hotter(run, template):
+    def hotter(*given):
         import dataclasses
 
-        return dataclasses.replace(honest(run, template), temperature=1.1)
+        return dataclasses.replace(honest(*given), temperature=1.1)
 
     monkeypatch.setattr(inline, "sampling_params", hotter)
     run = make_run(random_folder)

@@ -21,7 +21,7 @@ from tandem.engine import EmbeddedEngine, Request, SamplingParams
 from tandem.errors import ConfigError, RunError
 from tandem.model import LanguageModel, load, load_frozen, token_logprobs
 from tandem.model.head import chosen_logprobs
-from tandem.model.load import with_adapter
+from tandem.model.load import with_adapter, without_dropout
 from tandem.model.new import new_tokenizer
 from tandem.types import pad
 from tiny_models import FAMILIES, SHAPE, forward_logits, language_model, network, twin
@@ -413,3 +413,10 @@ def test_a_new_models_weights_are_as_wide_as_asked_for(spread):
     for name, weight in network.named_parameters():
         if weight.ndim == 2:
             assert weight.std().item() == pytest.approx(spread, rel=0.05), name
+
+
+def test_dropout_of_a_models_own_is_off():
+    """Else an update would see other log-probabilities than its answers were sampled with."""
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5), torch.nn.Dropout(0.1)).train()
+    given = torch.randn(3, 4)
+    assert torch.equal(without_dropout(module)(given), module[0](given))

@@ -96,7 +96,8 @@ def test_where_memory_is_short_the_cache_has_the_slots_that_the_engine_takes(tmp
         assert engine.slots == int(answers)
         # As if the logits had been there already.
         monkeypatch.setattr(embedded, "free_bytes", lambda _, answers=answers: answers * 32 * token / 0.8 + 1)
-        room = embedded.room_for(requests, SamplingParams(max_tokens=12), 64, model)
+        asked = embedded.room_for(requests, SamplingParams(max_tokens=12), 64, model.max_positions)
+        room = embedded.fitting(asked, model)
         assert room.slots == engine.slots
         assert sum(t.nbytes for t in embedded.cache(room, model).caches) == engine.cache
 

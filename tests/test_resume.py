@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from tandem.checkpoint import newest
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, RunError
 from tandem.journal import read_metrics, repeatable
 from tandem.journal.rollouts import read
+from tandem.learner import Actor
 from tandem.train.interrupt import Interrupted
 from tandem.train.run import train
 from tandem.train.session import Session
@@ -26,6 +27,10 @@ VARIANTS = {
     },
     "adapters with dropout off": {"model": {"lora": {"rank": 4}}},
     "dynamic sampling": {"algorithm": {"keep": "mixed", "max_refills": 2}},
+    "dynamic sampling ahead": {
+        "algorithm": {"keep": "mixed", "max_refills": 2},
+        "sampling": {"max_lag": 2},
+    },
     "bfloat16 with master weights": {"model": {"dtype": "bf16"}},
 }
 
@@ -97,6 +102,35 @@ def test_resume_refuses_another_configuration_unless_told(adding_folder, make_ru
     quiet.allow_config_change = True
     train(changed, quiet)
     assert [row["step"] for row in trajectory(run)] == [0, 1, 2]
+
+
+def test_allowed_changes_are_what_the_run_goes_on_with(adding_folder, make_run, quiet, monkeypatch):
+    """A fixed KL coefficient and the optimizer's settings are the configuration's, not the checkpoint's."""
+    decay = lambda share: {"optimizer": {"weight_decay": share, "betas": (0.9, 1 - share)}}  # noqa: E731
+    seen, update = [], Actor.update
+
+    def watched(self, parts, kl_coef):
+        (group,) = {
+            (g["weight_decay"], g["betas"]) for g in self.optimizer.adamw.param_groups if g["weight_decay"]
+        }
+        seen.append((kl_coef, *group))
+        return update(self, parts, kl_coef)
+
+    monkeypatch.setattr(Actor, "update", watched)
+    quiet.allow_config_change = True
+    for steps, coef, share in (1, 0.1, 0.01), (2, 0.2, 0.02):
+        kl = {"coef": coef}
+        train(make_run(adding_folder, steps=steps, algorithm={"kl": kl}, learner=decay(share)), quiet)
+    assert seen == [(0.1, 0.01, (0.9, 0.99)), (0.2, 0.02, (0.9, 0.98))]
+
+
+def test_steps_sampled_ahead_must_be_allowed_by_the_lag(adding_folder, make_run, quiet):
+    train(make_run(adding_folder, steps=2, sampling={"max_lag": 2}, checkpoint={"every": 1}), quiet)
+    quiet.allow_config_change = True
+    with pytest.raises(
+        RunError, match=r"answers of 2 steps ahead, and sampling.max_lag=1 allows 1; go on with"
+    ):
+        train(make_run(adding_folder, steps=3, sampling={"max_lag": 1}), quiet)
 
 
 def test_resume_refuses_changed_questions(adding_folder, make_run, quiet, tmp_path):

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from tandem.config.sections import Data
 from tandem.data.prompts import encode, load_prompts
 from tandem.data.round_trip import check_round_trip
-from tandem.data.template import Template, open_template, templates
+from tandem.data.template import Template, open_template, split_stops, templates
 from tandem.errors import ConfigError, DataError
 
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -218,6 +218,18 @@ def test_no_bos_where_the_tokenizer_has_one_but_does_not_add_it(tmp_path):
 def test_a_template_that_needs_bos_refuses_a_tokenizer_without(qwen, tmp_path):
     with pytest.raises(ConfigError, match=r"data.template=llama3 begins with a BOS token"):
         load(tmp_path, qwen, template="llama3")
+
+
+def test_stops_that_are_special_tokens_are_tokens_and_those_no_text_can_hold_are_refused(qwen, llama):
+    """One token that is not special stays a text: it may come as a part of another token."""
+    ids = tuple(map(qwen.convert_tokens_to_ids, ("<|im_end|>", "<|endoftext|>")))
+    assert len(qwen.encode("a", add_special_tokens=False)) == 1
+    assert split_stops(["a", "<|im_end|>", "Q:", "<|endoftext|>"], qwen, "key") == (("a", "Q:"), ids)
+    assert split_stops(["<|im_end|>"], llama, "key") == (("<|im_end|>",), ())
+    with pytest.raises(ConfigError, match=r"sampling.stop: no answer's text holds .*, for '<\|im_end\|>' is a special token"):
+        split_stops(["\n<|im_end|>"], qwen, "sampling.stop")
+    with pytest.raises(ConfigError, match=r"sampling.stop holds an empty text"):
+        split_stops([""], qwen, "sampling.stop")
 
 
 def test_a_stop_that_is_one_token_is_given_as_token_and_otherwise_as_text(qwen, llama):

@@ -106,6 +106,18 @@ def test_the_engine_answers_with_the_weights_it_was_sent(kind, tied, files):
         assert check_probe(engine, sender, version, torch.float32) == 0
 
 
+def test_adapters_of_a_bfloat16_model_arrive_as_they_are(files):
+    """They are float32 in trainer and engine, whatever the engine's type is."""
+    engine, sender = receiver(adapted(1), files), adapted(2)
+    for model in engine.model, sender:
+        model.network.to(torch.bfloat16)
+        for name, weight in model.module.named_parameters():
+            if "lora_" in name:
+                weight.data = weight.data.float()
+    engine.update(files.offer(1, ModelWeights(sender, torch.bfloat16)))
+    same(engine, sender)
+
+
 def test_an_adapter_travels_alone(files):
     engine, sender = receiver(adapted(1), files), adapted(2)
     offer = files.offer(1, ModelWeights(sender))

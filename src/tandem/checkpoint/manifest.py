@@ -20,7 +20,7 @@ from tandem.checkpoint.jsonfile import parse_json, read_text
 from tandem.errors import RunError
 
 FILE = "manifest.json"
-SCHEMA = 2
+SCHEMA = 3
 """Raised when a checkpoint's layout changes such that an older Tandem would misread it."""
 
 _STEP = re.compile(r"step_(\d{8,})(?:\.(?:tmp|old)-[0-9a-f]{12})?")

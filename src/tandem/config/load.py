@@ -48,7 +48,8 @@ FREE_ON_RESUME = (
     "reward.workers",
     "reward.model.layout",
 )
-"""Keys and sections that a resumed run may change: they decide neither a sample nor a gradient."""
+"""Keys and sections that a resumed run may change: they decide neither a sample nor a gradient. More `steps` move the
+end of a schedule of the learning rate, too, from where the run goes on."""
 
 _LONGEST_VALUE = 80
 

@@ -158,6 +158,13 @@ class Run(Section):
             )
         if s.temperature == 0:
             raise ValueError("sampling.temperature=0 is greedy: every group would hold one answer many times")
+        a = self.algorithm
+        alone = a.advantage in ("group", "leave_one_out") or a.group_baseline or a.keep == "mixed"
+        if alone and s.answers_per_prompt == 1:
+            raise ValueError(
+                "sampling.answers_per_prompt=1: algorithm.advantage, group_baseline or keep compares an answer to the "
+                "others of its prompt, and alone it teaches nothing; ask for more, or use advantage=discounted or gae"
+            )
         if s.min_answer_tokens > s.max_answer_tokens:
             raise ValueError("sampling.min_answer_tokens is above sampling.max_answer_tokens")
         if self.reward.overlong_buffer > s.max_answer_tokens:

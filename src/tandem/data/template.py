@@ -5,7 +5,7 @@ replaced, never formatted: questions and instructions are full of braces.
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -73,7 +73,7 @@ class Renderer:
     """The text the model reads, special tokens included. A dialog it has no form for is a DataError."""
     prefill: str = ""
     stop: tuple[str, ...] = ()
-    """Texts that end an answer and are not one token."""
+    """Texts that end an answer and are no special token."""
     stop_tokens: tuple[int, ...] = ()
     """Tokens that end an answer."""
 
@@ -89,7 +89,7 @@ def open_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> Renderer:
         text = template.render(messages)
         return text if text.startswith(bos) else bos + text
 
-    texts, tokens = split_stops(template.stop, tokenizer)
+    texts, tokens = split_stops(template.stop, tokenizer, f"data.template={name}")
     return Renderer(name=name, render=render, prefill=template.prefill, stop=texts, stop_tokens=tokens)
 
 
@@ -181,9 +181,19 @@ def bos_text(name: str, template: Template, tokenizer: "PreTrainedTokenizerBase"
 
 
 def split_stops(
-    stops: tuple[str, ...], tokenizer: "PreTrainedTokenizerBase"
+    stops: Sequence[str], tokenizer: "PreTrainedTokenizerBase", key: str
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Stop texts, and the ids of those that are one token: special tokens never show in a decoded answer."""
-    ids = {stop: tokenizer.encode(stop, add_special_tokens=False) for stop in stops}
-    single = {stop: found[0] for stop, found in ids.items() if len(found) == 1}
-    return tuple(stop for stop in stops if stop not in single), tuple(single.values())
+    """Stop texts, and the ids of those that are special tokens, which never show in a decoded answer; ConfigError, with
+    the `key` that sets it, for a text that no answer can hold, or that all do."""
+    ids = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
+    ids |= {added.content: i for i, added in tokenizer.added_tokens_decoder.items() if added.special}
+    texts = tuple(stop for stop in stops if stop not in ids)
+    for text in texts:
+        if not text:
+            raise ConfigError(f"{key} holds an empty text, which every answer has; remove it")
+        if hidden := next((token for token in ids if token in text), None):
+            raise ConfigError(
+                f"{key}: no answer's text holds {text!r}, for {hidden!r} is a special token, which is left out of it; "
+                "name that token alone"
+            )
+    return texts, tuple(ids[stop] for stop in stops if stop in ids)

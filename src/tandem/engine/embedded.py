@@ -7,12 +7,12 @@ every draw is keyed.
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from tandem.device import captures, free_bytes
+from tandem.device import captures, free_bytes, give_back
 from tandem.engine.answers import Answers, Completion, Pause, Request
 from tandem.engine.cache import Begun, Prefill, Room, Slots
 from tandem.engine.sampling import SamplingParams
@@ -20,7 +20,7 @@ from tandem.engine.steps import CapturedSteps, Steps
 from tandem.engine.text import has_stop_text
 from tandem.errors import RunError
 from tandem.model import LanguageModel
-from tandem.model.fused import sampling_forward
+from tandem.model.fused import Forward, sampling_forward
 
 Prompt = tuple[int, ...]
 Poll = Callable[[int, int], None]
@@ -35,7 +35,7 @@ class EmbeddedEngine:
         self.model = model
         self.slots = slots
         self.tokens_per_prefill = tokens_per_prefill
-        self._held: tuple[Slots, dict[tuple[SamplingParams, frozenset[int]], Steps]] | None = None
+        self._held: _Held | None = None
 
     @torch.inference_mode()
     def generate(
@@ -56,28 +56,44 @@ class EmbeddedEngine:
         if not requests:
             return []
         self.model.module.eval()
-        room = room_for(requests, params, self.slots, self.model)
+        room = room_for(requests, params, self.slots, self.model.max_positions)
         return _Decode(self, requests, self._steps(room, params), on_done, on_token).run(poll)
 
     def release(self) -> None:
         """Give back the memory held for the next call; on the CPU none is held."""
         self._held = None
+        give_back(self.model.device)
 
     def _steps(self, room: Room, params: SamplingParams) -> Steps:
         """With a cache that holds `room`; captured steps are kept for calls that sample alike."""
         model, stop_tokens = self.model, self.model.stop_tokens | params.stop_tokens
-        forward = sampling_forward(model, room.prompt_columns + room.answer_columns, room.slots)
         if not captures(model.device):
-            return Steps(forward, cache(room, model), answers(room, params, stop_tokens, model))
-        known_room = room if self._held is None else room.joined(self._held[0].room)
-        if self._held is None or self._held[0].room != known_room:
-            self._held = None  # before the larger one is made
-            self._held = (cache(known_room, model), {})
-        slots, known = self._held
+            room = fitting(room, model)
+            return Steps(forward(room, model), cache(room, model), answers(room, params, stop_tokens, model))
+        if self._held is None or room.joined(self._held.wanted) != self._held.wanted:
+            wanted = room if self._held is None else room.joined(self._held.wanted)
+            self.release()  # before the larger one is made
+            self._held = _Held(wanted, cache(fitting(wanted, model), model))
+        slots, known = self._held.slots, self._held.steps
         if (params, stop_tokens) not in known:
+            # Of the whole cache: they outlive this call, and the next one's prompts may be longer.
             fresh = answers(slots.room, params, stop_tokens, model)
-            known[params, stop_tokens] = CapturedSteps(forward, slots, fresh)
+            known[params, stop_tokens] = CapturedSteps(forward(slots.room, model), slots, fresh)
         return known[params, stop_tokens]
+
+
+@dataclass(slots=True)
+class _Held:
+    """What is kept for the next call."""
+
+    wanted: Room
+    """All that the calls so far would have had; the cache holds fewer slots where memory is short."""
+    slots: Slots
+    steps: dict[tuple[SamplingParams, frozenset[int]], Steps] = field(default_factory=dict)
+
+
+def forward(room: Room, model: LanguageModel) -> Forward:
+    return sampling_forward(model, room.prompt_columns + room.answer_columns, room.slots)
 
 
 def cache(room: Room, model: LanguageModel) -> Slots:
@@ -88,22 +104,17 @@ def answers(room: Room, params: SamplingParams, stop_tokens: frozenset[int], mod
     return Answers(room.slots, params, stop_tokens, model.vocab_size, model.device)
 
 
-def room_for(requests: Sequence[Request], params: SamplingParams, slots: int, model: LanguageModel) -> Room:
-    """What the requests need, in as many slots as are asked for and fit the device's free memory."""
+def room_for(requests: Sequence[Request], params: SamplingParams, slots: int, positions: int) -> Room:
+    """What the requests need, in as many slots as are asked for; RunError above the model's `positions`."""
     longest = max(len(r.tokens) for r in requests)
     limit = max(min(r.max_tokens or params.max_tokens, params.max_tokens) for r in requests)
-    if longest + limit > model.max_positions:
+    if longest + limit > positions:
         raise RunError(
-            f"prompt and answer take up to {longest + limit} tokens, above the model's limit of "
-            f"{model.max_positions}; lower data.max_prompt_tokens or sampling.max_answer_tokens"
+            f"prompt and answer take up to {longest + limit} tokens, above the model's limit of {positions}; "
+            "lower data.max_prompt_tokens or sampling.max_answer_tokens"
         )
     count_P = Counter(r.tokens for r in requests)
     width = min(slots, len(requests))
-    free = free_bytes(model.device)
-    if free is not None:
-        word = model.embedding.element_size()
-        column = 2 * model.layers * model.key_heads * model.head_dim * word
-        width = max(1, min(width, int(FREE_SHARE * free) // (column * (longest + limit))))
     return Room(
         slots=width,
         answer_columns=limit,
@@ -111,6 +122,17 @@ def room_for(requests: Sequence[Request], params: SamplingParams, slots: int, mo
         prompt_columns=longest,
         seats=min(width, max(count_P.values())),
     )
+
+
+def fitting(room: Room, model: LanguageModel) -> Room:
+    """As much of it as the device has free memory for, in fewer slots."""
+    free = free_bytes(model.device)
+    if free is None:
+        return room
+    column = 2 * model.layers * model.key_heads * model.head_dim * model.embedding.element_size()
+    fits = int(FREE_SHARE * free) // (column * (room.prompt_columns + room.answer_columns))
+    slots = max(1, min(room.slots, fits))
+    return replace(room, slots=slots, lanes=min(room.lanes, slots), seats=min(room.seats, slots))
 
 
 def packs(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:

@@ -91,11 +91,7 @@ class VllmEngine:
         self._check_ready()
         limits = [min(r.max_tokens or params.max_tokens, params.max_tokens) for r in requests]
         longest = max(len(r.tokens) + limit for r, limit in zip(requests, limits))
-        if longest > self.max_model_len:
-            raise RunError(
-                f"prompt and answer take up to {longest} tokens, above the engine's limit of {self.max_model_len}; "
-                "raise engine.max_model_len, or lower data.max_prompt_tokens or sampling.max_answer_tokens"
-            )
+        check_room(longest, params, self.max_model_len)
         answers = [Answer(i, r, limit) for i, (r, limit) in enumerate(zip(requests, limits))]
         done: dict[int, Completion] = {}
 
@@ -343,6 +339,17 @@ def own_specs(folder: str, dtype: torch.dtype, trust_remote_code: bool) -> Mappi
 def changes_distribution(params: SamplingParams) -> bool:
     """Tokens are drawn from something else than softmax(logits / temperature)."""
     return params.truncates or params.repetition_penalty != 1 or params.min_tokens > 0
+
+
+def check_room(longest: int, params: SamplingParams, max_model_len: int) -> None:
+    """ConfigError where a prompt and its answer are too long; a second pass over them makes one token more."""
+    second_pass = changes_distribution(params)
+    if longest + second_pass > max_model_len:
+        more = " and one for the pass that says the policy's log-probabilities" * second_pass
+        raise ConfigError(
+            f"prompt and answer take up to {longest} tokens{more}, above the engine's limit of {max_model_len}; raise "
+            "engine.max_model_len, or lower data.max_prompt_tokens or sampling.max_answer_tokens"
+        )
 
 
 def check_params(params: SamplingParams) -> None:

@@ -76,13 +76,14 @@ class Offer:
 class ModelWeights:
     """All weights of a model under their Hugging Face names; of a model with an adapter, those of the adapter.
 
-    A weight that two modules share comes once. `dtype`, where given, is what they are cast to.
+    A weight that two modules share comes once. `dtype`, where given, is what they are cast to, but for an adapter: that
+    of a bfloat16 model is float32, and so is the engine's.
     """
 
     def __init__(self, model: LanguageModel, dtype: torch.dtype | None = None) -> None:
         self.tensors = named_tensors(model)
-        self.dtype = dtype
         self.adapter = model.module.peft_config["default"] if isinstance(model.module, PeftModel) else None
+        self.dtype = None if self.adapter else dtype
 
     def specs(self) -> tuple[TensorSpec, ...]:
         return tuple(spec_of(name, t, self.dtype) for name, t in self.tensors.items())

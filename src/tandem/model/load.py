@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -184,6 +185,14 @@ def load_network(
         raise ConfigError(
             f"{key}={source} lacks {len(report['missing_keys'])} weights: {missing}; download the folder again"
         )
+    return without_dropout(network)
+
+
+def without_dropout(network: PreTrainedModel) -> PreTrainedModel:
+    """The same model, whose updates see the log-probabilities that its answers were sampled with."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     return network
 
 

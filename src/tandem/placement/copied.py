@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from tandem.config.engine import Engine
@@ -27,10 +28,13 @@ class CopiedEngine:
         self.model, self.engine, self.config = model, engine, config
         folder = None if config.transfer_dir is None else Path(config.transfer_dir)
         self.road = MemoryRoad() if road == "memory" else FilesRoad(folder)
-        engine.connect(road)
         self._sent = 0
         self._slept = False
-        self.send(0)
+        with ExitStack() as stack:
+            stack.callback(self.close)
+            engine.connect(road)
+            self.send(0)
+            stack.pop_all()
 
     def send(self, version: int) -> None:
         """The engine samples from the model as it is now; RunError names a tensor that did not arrive whole."""

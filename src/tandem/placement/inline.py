@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from tandem.algorithms import KlController
 from tandem.config.run import Run
 from tandem.data.cursor import Cursor
 from tandem.data.prompts import PromptSet
-from tandem.data.template import Renderer
+from tandem.data.template import Renderer, split_stops
 from tandem.device import captures, describe
 from tandem.engine import EmbeddedEngine, SamplingParams
 from tandem.errors import ConfigError
@@ -88,16 +89,20 @@ def build(
     check_attention(run, model.device)
     if run.learner.compile:
         compile_blocks(model)
-    params = sampling_params(run, prompts.template)
+    params = sampling_params(run, prompts.template, model.tokenizer)
+    actor, judge = Actor(model, run), reward_model_of(run, model)
+    reference = reference_of(run, model, reference_folder) if run.needs_reference else None
+    critic = critic_of(run, model) if run.needs_critic else None
+    # Last: whatever fails before it leaves nothing of it behind.
     copied = vllm_beside(run, model, params) if run.engine.kind == "vllm" else None
     engine = copied or EmbeddedEngine(model, run.sampling.slots, run.learner.room())
-    ends, judge = model.stop_tokens | params.stop_tokens, reward_model_of(run, model)
+    ends = model.stop_tokens | params.stop_tokens
     sampler = Sampler(engine, scorer, model.tokenizer, run, params, ends, judge)
     kl = run.algorithm.kl
     return Roles(
-        actor=Actor(model, run),
-        reference=reference_of(run, model, reference_folder) if run.needs_reference else None,
-        critic=critic_of(run, model) if run.needs_critic else None,
+        actor=actor,
+        reference=reference,
+        critic=critic,
         sampler=sampler,
         stream=Stream(
             sampler=sampler,
@@ -110,9 +115,10 @@ def build(
     )
 
 
-def sampling_params(run: Run, template: Renderer) -> SamplingParams:
+def sampling_params(run: Run, template: Renderer, tokenizer: PreTrainedTokenizerBase) -> SamplingParams:
     """The run's own settings; the template's ends of an answer come on top."""
     s = run.sampling
+    stop, stop_tokens = split_stops(s.stop, tokenizer, "sampling.stop")
     return SamplingParams(
         temperature=s.temperature,
         top_k=s.top_k,
@@ -121,8 +127,8 @@ def sampling_params(run: Run, template: Renderer) -> SamplingParams:
         repetition_penalty=s.repetition_penalty,
         min_tokens=s.min_answer_tokens,
         max_tokens=s.max_answer_tokens,
-        stop=(*s.stop, *template.stop),
-        stop_tokens=frozenset((*s.stop_tokens, *template.stop_tokens)),
+        stop=(*stop, *template.stop),
+        stop_tokens=frozenset((*s.stop_tokens, *stop_tokens, *template.stop_tokens)),
     )
 
 
@@ -186,7 +192,9 @@ def state(roles: Roles) -> Mapping[str, Any]:
 
 def restore(roles: Roles, saved: Mapping[str, Any], version: int) -> None:
     roles.stream.restore(saved["stream"])
-    roles.kl.coef = saved["kl_coef"]
+    # One that does not adapt is the configuration's.
+    if roles.kl.target is not None:
+        roles.kl.coef = saved["kl_coef"]
     roles.actor.restore_counters(saved)
     if roles.critic is not None:
         roles.critic.restore_counters(saved["critic"])

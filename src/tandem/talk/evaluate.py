@@ -90,7 +90,7 @@ def measure(run: Run, model: LanguageModel, given: str) -> Result:
             )
         scorer.ready()
         engine = EmbeddedEngine(model, run.sampling.slots, run.learner.room())
-        params = sampling_params(run, prompts.template)
+        params = sampling_params(run, prompts.template, model.tokenizer)
         ends = model.stop_tokens | params.stop_tokens
         judge = reward_model_of(run, model)
         sampler = Sampler(engine, scorer, model.tokenizer, run, params, ends, judge)

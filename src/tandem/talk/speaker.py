@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from tandem.data.question import Message
-from tandem.data.template import Renderer, open_template
+from tandem.data.template import Renderer, open_template, split_stops
 from tandem.device import pick, set_threads
 from tandem.engine import SamplingParams
 from tandem.errors import ConfigError
@@ -66,12 +66,13 @@ def open_speaker(place: Place, device: str, *, raw: bool = False) -> Speaker:
         return Speaker(model=model, template=open_template("chat", model.tokenizer), system=None)
     data, sampling = place.run.data, place.run.sampling
     template = open_template(data.template, model.tokenizer)
+    stop, stop_tokens = split_stops(sampling.stop, model.tokenizer, "sampling.stop")
     return Speaker(
         model=model,
         template=template,
         system=data.system,
-        stop=(*sampling.stop, *template.stop),
-        stop_tokens=frozenset((*sampling.stop_tokens, *template.stop_tokens)),
+        stop=(*stop, *template.stop),
+        stop_tokens=frozenset((*sampling.stop_tokens, *stop_tokens, *template.stop_tokens)),
     )
 
 

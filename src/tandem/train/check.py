@@ -18,7 +18,7 @@ from tandem.config import difference, load
 from tandem.config.run import Run
 from tandem.data.prompts import PromptSet, load_prompts
 from tandem.data.round_trip import check_round_trip
-from tandem.device import describe, free_bytes, pick, set_threads
+from tandem.device import captures, describe, free_bytes, pick, set_threads
 from tandem.errors import ConfigError, DataError, RunError
 from tandem.journal import visible
 from tandem.journal.sinks import check_sinks
@@ -31,7 +31,7 @@ from tandem.train.critic_bytes import critic_shape, saved_bytes, with_critic
 from tandem.train.evaluation import held_out_prompts
 from tandem.train.finding import Finding, Line
 from tandem.train.folder_bytes import folder_bytes
-from tandem.train.footprint import Memory, Shape, readable
+from tandem.train.footprint import Memory, Shape, readable, several
 from tandem.train.layouts import check_layouts, critic_axes, holds_reference, layouts_of
 from tandem.train.reward_model import (
     look_at_column,
@@ -236,6 +236,8 @@ def look_at_memory(bench: Bench) -> list[Line]:
         critic = critic_shape(run, shape(bench), tokenizer_of_all(bench))
         need = with_critic(need, run, critic, bench.longest_prompt(), critics)
     need = with_reward_model(need, run, judges)
+    if captures(device) and run.placement.kind == "inline" and run.engine.kind == "embedded":
+        need = need.keeping("KV cache")  # Its captured steps write into it.
     free = on_host if on_device is None else on_device
     offloaded = sum(need.host.values())
     if on_device is None:
@@ -258,18 +260,14 @@ def on_one_host(run: Run, need: Memory) -> tuple[int, str]:
         return need.peak + away, ""
     if place.kind == "colocated":
         pairs = place.learners * (need.peak + away)
-        return (
-            pairs,
-            f"{several(place.learners, 'pair')} of a learner and an engine, as if on one machine; of each: ",
+        whose = (
+            several(place.learners, "pair") + " of a learner and an engine, as if on one machine; of each: "
         )
+        return pairs, whose
     apart = place.learners * (need.learner + away) + place.engines * need.engine
     learners = f"{several(place.learners, 'learner')} of {readable(need.learner + away)}"
     engines = f"{several(place.engines, 'engine')} of {readable(need.engine)}"
     return apart, f"{learners}, {engines}, as if on one machine; largest parts of each: "
-
-
-def several(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count > 1)}"
 
 
 SMALLER = (

@@ -198,6 +198,11 @@ class Memory:
         """The same of an engine alone."""
         return sum(self.sampling.values())
 
+    def keeping(self, name: str) -> "Memory":
+        """Where a part of sampling stays between the phases."""
+        phase = {other: size for other, size in self.sampling.items() if other != name}
+        return replace(self, lasting=self.lasting | {name: self.sampling[name]}, sampling=phase)
+
     def beside(self, name: str, other: "Memory") -> "Memory":
         """With another model on the same processes. Models learn one after the other, so of their updates the larger
         counts."""
@@ -380,6 +385,10 @@ def host_bytes() -> int:
         return available
     # File cache that nobody uses counts as used and is given back when memory is short.
     return min(available, int(limit) - used + int(stat["inactive_file"]))
+
+
+def several(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count > 1)}"
 
 
 def readable(size: int) -> str:

@@ -17,6 +17,8 @@ from tandem.config.run import Run
 from tandem.data import tasks
 from tandem.data.prompts import PromptSet, load_prompts
 from tandem.device import describe, pick, set_threads, synchronize
+from tandem.engine import SamplingParams
+from tandem.engine.vllm import check_params, check_room
 from tandem.errors import ConfigError
 from tandem.journal import Journal, Summary, Timer, draw, read_metrics, sample_answers
 from tandem.learner import Actor, Reference
@@ -27,6 +29,7 @@ from tandem.model.language_model import longest_row
 from tandem.placement import inline
 from tandem.placement.cluster.build import build
 from tandem.placement.cluster.lost import EnginesLost
+from tandem.placement.inline import sampling_params
 from tandem.rewards.scorer import Scorer
 from tandem.train import snapshot
 from tandem.train.beside import check_models
@@ -106,7 +109,8 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
     model = None
     if run.placement.kind == "inline" or (resume is None and run.warmup is not None):
         model = load_model(run.model, tokenizer, device, seed=run.seed)
-    check_lengths(run, max_positions(run, model), [*prompts.prompts, *held_out])
+    params = sampling_params(run, prompts.template, tokenizer)
+    check_lengths(run, params, max_positions(run, model), [*prompts.prompts, *held_out])
     (folder / "config.yaml").write_text(dump(run), encoding="utf-8")
     step = 0 if resume is None else read_json(resume / "state.json")["step"]
     journal.rewind(step - 1)
@@ -139,8 +143,8 @@ def max_positions(run: Run, model: LanguageModel | None) -> int:
     return longest_row(describe_model(run.model.path, run.model.trust_remote_code))
 
 
-def check_lengths(run: Run, positions: int, prompts: Sequence[Prompt]) -> None:
-    """The longest prompt and answer must fit the model's positions."""
+def check_lengths(run: Run, params: SamplingParams, positions: int, prompts: Sequence[Prompt]) -> None:
+    """The longest prompt and answer must fit the model's positions, and the engine."""
     longest = max(len(prompt.tokens) for prompt in prompts)
     total = longest + run.sampling.max_answer_tokens
     if total > positions:
@@ -149,6 +153,9 @@ def check_lengths(run: Run, positions: int, prompts: Sequence[Prompt]) -> None:
             f" make {total}, above the model's {positions} positions; lower sampling.max_answer_tokens, or "
             "data.max_prompt_tokens with data.on_overlong=skip"
         )
+    if run.engine.kind == "vllm":
+        check_params(params)
+        check_room(total, params, min(positions, run.engine.max_model_len or positions))
 
 
 def check_same(run: Run, checkpoint: Path, launch: Launch) -> None:

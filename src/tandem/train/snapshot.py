@@ -29,6 +29,8 @@ from tandem.placement.inline import Roles
 
 MODEL, REFERENCE, SHARDED, CRITIC = "model", "reference", "sharded", "critic"
 OPTIMIZER, MASTERS = "optimizer.safetensors", "masters.safetensors"
+CONFIGURED = ("betas", "eps", "weight_decay")
+"""Of the optimizer, what is the configuration's, wherever it goes on from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +126,11 @@ def read_pupil(pupil: Pupil, folder: Path, figures: Mapping[str, Any]) -> None:
             read_whole(folder / OPTIMIZER, model, optimizer)
         else:
             tensors = read_tensors(folder / OPTIMIZER)
+            groups = optimizer.adamw.param_groups
+            options = [{name: group[name] for name in CONFIGURED} for group in groups]
             restore_optimizer(optimizer.adamw, optimizer.parameter_names, tensors, figures)
+            for group, asked in zip(groups, options):
+                group.update(asked)
             optimizer.restore_masters(read_tensors(folder / MASTERS))
 
 

@@ -18,7 +18,15 @@ from tandem.config.sections import Lora, Model
 from tandem.errors import ConfigError
 from tandem.model.attention import NAME
 from tandem.model.language_model import LanguageModel
-from tandem.model.load import DTYPES, REFERENCE_KEY, describe, existing, load_tokenizer, with_adapter
+from tandem.model.load import (
+    DTYPES,
+    REFERENCE_KEY,
+    describe,
+    existing,
+    load_tokenizer,
+    with_adapter,
+    without_dropout,
+)
 from tandem.model.mixture import apart, as_saved, experts_first, is_mixture
 from tandem.model.new import new_network
 from tandem.model.parallel.expert import first_row
@@ -102,7 +110,7 @@ def empty_network(source: str, dtype: torch.dtype, trust_remote_code: bool = Fal
     settings = Path(downloaded(source)) / "generation_config.json"
     if settings.is_file():
         network.generation_config = GenerationConfig.from_pretrained(settings.parent)
-    return network
+    return without_dropout(network)
 
 
 def downloaded(source: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from tandem.data.cursor import Cursor
 from tandem.engine import SamplingParams
-from tandem.rollout import TRAIN, Drawn, Sampler, Stream, group_from, group_record, lag_figures
+from tandem.rollout import TRAIN, Drawn, Sampler, Stream, ahead_of, lag_figures
 from tandem.types import Group, Prompt
 
 T = TypeVar("T")
@@ -138,7 +138,7 @@ class AheadStream:
                 if future.cancelled() or future.exception() is not None:
                     break
                 place = future.result().cursor
-                ready.append([group_record(g) for g in future.result().drawn.groups])
+                ready.append(future.result().drawn.record())
             return {"cursor": dict(place), "ahead": ready}
 
         return state
@@ -148,11 +148,9 @@ class AheadStream:
         self.cursor.restore(state["cursor"])
         self._stream.cursor.restore(state["cursor"])
         self._ahead.clear()
-        for records in state["ahead"]:
-            groups = [group_from(record, self.prompts) for record in records]
-            scores = [r.score for g in groups for r in g.rollouts if r.score is not None]
+        for drawn in ahead_of(state, self.prompts, self._stream.sampler.run):
             future: Future[Ahead] = Future()
-            future.set_result(Ahead(Drawn(groups, scores, {}), state["cursor"]))
+            future.set_result(Ahead(drawn, state["cursor"]))
             self._ahead.append(future)
 
     def _draw(self) -> "Future[Ahead]":

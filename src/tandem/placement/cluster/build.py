@@ -134,10 +134,11 @@ def build(
         stack.callback(placed.engines.close)
         facts = placed.build_learners(start_folder(start, folder), reference_folder)
         stack.callback(placed.close_learners)
-        params = sampling_params(run, prompts.template)
+        tokenizer = tokenizer_of(run.model)
+        params = sampling_params(run, prompts.template, tokenizer)
         stop_tokens = facts.stop_tokens | params.stop_tokens
         judge = placed.reward_model() if run.reward.model is not None else None
-        inner = Sampler(placed.engines, scorer, tokenizer_of(run.model), run, params, stop_tokens, judge)
+        inner = Sampler(placed.engines, scorer, tokenizer, run, params, stop_tokens, judge)
         kl = run.algorithm.kl
         cursor = Cursor(len(prompts.prompts), run.seed, run.data.shuffle)
         watch = FailureWatch(run.reward.max_failure_share)

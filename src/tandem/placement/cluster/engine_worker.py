@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -65,12 +66,12 @@ class EngineWorker(Process):
             self._join(offer.place)
         elif isinstance(self.engine, ReceivingEngine):
             self.engine.road = reading_end(offer.road, self.engine.model.device)
-        elif offer.road == "objects":
+        if offer.road == "objects" and isinstance(self.engine, VllmEngine):
             # vLLM's own workers are not Ray's: they read files.
-            offer = FilesRoad(self.log.with_suffix(".weights"), keep=1).offer(
-                offer.version, ArrivedWeights(offer), verify=offer.verify
-            )
-        self.engine.update(offer)
+            with closing(FilesRoad(self.log.with_suffix(".weights"))) as road:
+                self.engine.update(road.offer(offer.version, ArrivedWeights(offer), verify=offer.verify))
+        else:
+            self.engine.update(offer)
         return self.engine.score([probe])[0] if offer.verify else ()
 
     def generate(

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tandem.config.run import Run
-from tandem.device import describe, pick
+from tandem.device import describe, give_back, pick
 from tandem.engine.ipc import IpcRoad, joined
 from tandem.engine.probe import TOLERANCE, policy_logp, probe_tokens
 from tandem.engine.roads import FilesRoad, Meeting
@@ -124,6 +124,8 @@ class LearnerWorker(Process):
     def update(self, parts: Sequence[Experience], kl_coef: float) -> tuple[Any, Any] | None:
         """The figures of the update, and the actor's counters after it."""
         figures = self.actor.update(parts, kl_coef)
+        if self.run.placement.kind == "colocated":
+            give_back(self.actor.model.device)
         return self._first((figures, self.actor.counters()))
 
     def values(self, batch: Batch) -> Tensor | None:

@@ -1,25 +1,18 @@
-"""From a prompt to a scored group, and the stream of groups that training takes from."""
+"""From prompts to scored groups."""
 
-import random
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from statistics import fmean
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from tandem.config.run import Run
-from tandem.config.sections import Sampling
-from tandem.data.cursor import Cursor
-from tandem.data.prompts import PromptSet
 from tandem.engine import Completion, Request, SamplingParams, decode
 from tandem.engine.random import key
 from tandem.rewards.answer import Answer
 from tandem.rewards.scorer import Scorer
-from tandem.rewards.watch import FailureWatch
 from tandem.types import Group, Prompt, Rollout, Score
 
 TRAIN, EVAL = 0, 1
@@ -236,155 +229,3 @@ def to_score(group: Group) -> list[Answer]:
 
 def with_scores(group: Group, scores: Iterable[Score]) -> Group:
     return replace(group, rollouts=tuple(replace(r, score=s) for r, s in zip(group.rollouts, scores)))
-
-
-def mixed(group: Group) -> bool:
-    """The group's rewards are not all equal: it has something to say."""
-    return len(set(group.rewards)) > 1
-
-
-KEEP: dict[str, Callable[[Group], bool]] = {"all": lambda group: True, "mixed": mixed}
-
-
-Asked = tuple[Sequence[int], range]
-"""Places of prompts in the data, and the serial numbers of their groups."""
-
-
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """One step's groups, the scores of all that were sampled for it, and what there is to say of that."""
-
-    groups: list[Group]
-    scores: list[Score]
-    figures: dict[str, float]
-
-
-def lag_figures(groups: Sequence[Group], version: int, sampling: Sampling) -> dict[str, float]:
-    """How old the groups of a step are, in steps; no token of them may be older than allowed."""
-    rollouts = [r for g in groups for r in g.rollouts]
-    lags = [version - r.oldest_version for r in rollouts]
-    assert all(lag <= sampling.max_lag for lag in lags)
-    if not lags:
-        return {}
-    figures = {"rollout/lag_mean": fmean(lags), "rollout/lag_max": max(lags)}
-    if sampling.in_flight:
-        carried = [r.newest_version > r.oldest_version for r in rollouts]
-        token_lags = [version - v for r in rollouts for v in r.versions[r.prompt_length :]]
-        figures |= {"rollout/carried_share": fmean(carried), "rollout/token_lag_mean": fmean(token_lags)}
-    return figures
-
-
-@dataclass(slots=True)
-class Stream:
-    """Hands out groups in the order of their prompts, none sampled more than `max_lag` steps before.
-
-    With `max_lag` 0 each step's groups come from the weights of that step. `keep` is dynamic sampling: groups that it
-    refuses are replaced by fresh ones, at most `max_refills` times per step.
-    """
-
-    sampler: Sampler
-    prompts: PromptSet
-    cursor: Cursor
-    watch: FailureWatch
-    ahead: deque[list[Group]] = field(default_factory=deque)
-    """Steps sampled but not handed out."""
-    newest: list[Group] = field(default_factory=list)
-    """The groups sampled last, whose weights are the sampler's present ones."""
-    last: dict[str, float] = field(default_factory=dict)
-    """Figures of the newest sampling: refills and dropped groups."""
-
-    def take(self, version: int) -> list[Group]:
-        """The groups of the next step; `version` counts the steps whose weights were published."""
-        run = self.sampler.run
-        while len(self.ahead) <= run.sampling.max_lag:
-            self.ahead.append(self._fresh())
-        groups = self.ahead.popleft()
-        self.last |= lag_figures(groups, version, run.sampling)
-        return groups
-
-    def _fresh(self) -> list[Group]:
-        drawn = self.draw()
-        self.watch.observe(drawn.scores)
-        self.last = dict(drawn.figures)
-        self.newest = drawn.groups
-        return self.newest
-
-    def ask(self, count: int | None = None) -> Asked:
-        """The next prompts, a step's unless a `count` is given; the place in the data moves."""
-        first = self.cursor.epoch * self.cursor.size + self.cursor.index
-        rows = self.cursor.take(self.sampler.run.sampling.prompts_per_step if count is None else count)
-        return rows, range(first, first + len(rows))
-
-    def draw(self, asked: Asked | None = None) -> Drawn:
-        """One step's groups, sampled now, of the prompts that were asked for before if any were; nothing but the place
-        in the data moves."""
-        run = self.sampler.run
-        keep, wanted = KEEP[run.algorithm.keep], run.sampling.prompts_per_step
-        kept: list[Group] = []
-        scores: list[Score] = []
-        rounds = dropped = 0
-        while len(kept) < wanted and rounds <= run.algorithm.max_refills:
-            rows, serials = asked if asked and not rounds else self.ask(wanted - len(kept))
-            groups = self.sampler.sample(
-                [self.prompts.prompts[i] for i in rows], serials, answers=run.sampling.answers_per_prompt
-            )
-            scores += [r.score for g in groups for r in g.rollouts if r.score is not None]
-            if run.reward.permute:
-                groups = permuted(groups, seed=key(run.seed, serials.start))
-            good = [g for g in groups if keep(g)]
-            dropped += len(groups) - len(good)
-            kept += good
-            rounds += 1
-        # A step without any kept group trains on the last ones, whose equal rewards change nothing.
-        return Drawn(
-            kept or groups, scores, {"rollout/refills": rounds - 1, "rollout/dropped_groups": dropped}
-        )
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint needs: the cursor, and groups sampled ahead."""
-        return {
-            "cursor": self.cursor.state(),
-            "ahead": [[group_record(g) for g in groups] for groups in self.ahead],
-        }
-
-    def mark(self) -> Callable[[], dict[str, Any]]:
-        """The state as it is at this moment, for whoever may want it later."""
-        state = self.state()
-        return lambda: state
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self.cursor.restore(state["cursor"])
-        self.ahead = deque([group_from(r, self.prompts) for r in groups] for groups in state["ahead"])
-
-
-def permuted(groups: Sequence[Group], seed: int) -> list[Group]:
-    """The same groups with their scores dealt out at random: the control in which nothing can be learned."""
-    scores = [r.score for g in groups for r in g.rollouts if r.score is not None]
-    random.Random(seed).shuffle(scores)
-    deal = iter(scores)
-    return [with_scores(g, [next(deal) for _ in g.rollouts]) for g in groups]
-
-
-def group_record(group: Group) -> dict[str, Any]:
-    """A group as plain JSON values; floats survive exactly."""
-    names = ("tokens", "sampled", "logp", "policy_logp", "versions", "text", "finish")
-    rollouts = []
-    for r in group.rollouts:
-        assert r.score is not None
-        score = {
-            "reward": r.score.reward,
-            "failure": r.score.failure,
-            "detail": r.score.detail,
-            "parts": dict(r.score.parts),
-        }
-        rollouts.append({**{n: getattr(r, n) for n in names}, "score": score})
-    return {"prompt": group.prompt.id, "rollouts": rollouts}
-
-
-def group_from(record: Mapping[str, Any], prompts: PromptSet) -> Group:
-    by_id = {p.id: p for p in prompts.prompts}
-    rollouts = []
-    for entry in record["rollouts"]:
-        columns = {n: tuple(entry[n]) for n in ("tokens", "sampled", "logp", "policy_logp", "versions")}
-        rollouts.append(Rollout(**{**entry, **columns, "score": Score(**entry["score"])}))
-    return Group(prompt=by_id[record["prompt"]], rollouts=tuple(rollouts))
