@@ -226,7 +226,9 @@ def test_stops_that_are_special_tokens_are_tokens_and_those_no_text_can_hold_are
     assert len(qwen.encode("a", add_special_tokens=False)) == 1
     assert split_stops(["a", "<|im_end|>", "Q:", "<|endoftext|>"], qwen, "key") == (("a", "Q:"), ids)
     assert split_stops(["<|im_end|>"], llama, "key") == (("<|im_end|>",), ())
-    with pytest.raises(ConfigError, match=r"sampling.stop: no answer's text holds .*, for '<\|im_end\|>' is a special token"):
+    with pytest.raises(
+        ConfigError, match=r"sampling.stop: no answer's text holds .*, for '<\|im_end\|>' is a special token"
+    ):
         split_stops(["\n<|im_end|>"], qwen, "sampling.stop")
     with pytest.raises(ConfigError, match=r"sampling.stop holds an empty text"):
         split_stops([""], qwen, "sampling.stop")
