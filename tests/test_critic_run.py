@@ -111,8 +111,19 @@ def test_a_layout_that_a_critic_cannot_have_is_refused_before_anything_starts(la
 
 
 @needs_ray
-def test_with_ray_it_is_the_run_of_one_process(inline, tmp_path):
-    assert run_in(tmp_path, placement={"kind": "colocated", **RAY}) == inline[0]
+def test_with_ray_it_is_the_run_of_one_process(inline, tmp_path, monkeypatch):
+    """Values are computed beside sampling, unit by unit."""
+    from tandem.placement.cluster.learners import InUnits
+
+    begun, begin = [], InUnits.begin
+
+    def watched(self, unit):
+        begun.append((self.method, unit.size))
+        begin(self, unit)
+
+    monkeypatch.setattr(InUnits, "begin", watched)
+    assert run_in(tmp_path, placement={"kind": "apart", **RAY}) == inline[0]
+    assert len([size for method, size in begun if method == "values"]) >= len(inline[0]) - 1
     for name, weight in critic_in(tmp_path).items():
         assert torch.equal(weight, inline[1][name]), name
 

@@ -366,3 +366,23 @@ def test_gsm8k_gives_every_question_with_its_gold_in_seconds(tokenizer):
     assert sum("," in p.truth for p in loaded.prompts) == sum(
         "," in json.loads(line)["answer"].split("####")[1] for line in GSM8K.open(encoding="utf-8")
     )
+
+
+def test_a_column_within_another_is_named_with_a_dot(tokenizer, tmp_path):
+    """As in the files of verl. A column that has the whole name comes first."""
+    row = {
+        "prompt": [{"role": "user", "content": "2+2?"}],
+        "reward_model": {"style": "rule", "ground_truth": "4"},
+    }
+    columns = {"question": "prompt", "truth": "reward_model.ground_truth"}
+    file = tmp_path / "verl.jsonl"
+
+    def truths(*rows):
+        file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        return [p.truth for p in load(file, tokenizer, columns=columns, template="plain").prompts]
+
+    assert truths(row, row | {"reward_model.ground_truth": "5"}) == ["4", "5"]
+    with pytest.raises(
+        DataError, match=r"no column 'ground_truth' \(data.columns.truth\); the columns are: style"
+    ):
+        truths(row | {"reward_model": {"style": "rule"}})

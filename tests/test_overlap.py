@@ -66,7 +66,7 @@ def beside(make):  # noqa: F811
         "learner": whole.learner.model_copy(update={"tokens_per_forward": 18}),
     }
     stream.sampler.run = own = whole.model_copy(update=changes)
-    assert own.reference_unit == 1 and Meanwhile.helps(own)
+    assert own.step_unit == 1 and Meanwhile.helps(own)
     order = [index for place in (2, 0, 3, 1) for index in range(6 * place, 6 * place + 6)]
     naps = {order[i] for i in (5, 11, 17)}
     stream.sampler.engine = Staged(
@@ -74,7 +74,7 @@ def beside(make):  # noqa: F811
     )
     learners = SlowLearners(Reference(stream.sampler.engine.engine.model, own, adapter_off=False))
     reference = RemoteReference(learners)
-    stream.sampler.on_group = Meanwhile(reference)
+    stream.sampler.on_group = Meanwhile(own, [reference.work])
     yield stream, reference, learners
     learners.thread.shutdown()
 
@@ -87,7 +87,9 @@ def test_only_the_last_group_is_waited_for(beside):
     sampled = time.monotonic() - began
     logp_BT = reference.logprobs(collate(groups))
     waited = time.monotonic() - began - sampled
-    assert sampled >= 3 * NAP_S and waited < 2 * NAP_S < reference.take_seconds(), "four units took four naps"
+    assert sampled >= 3 * NAP_S and waited < 2 * NAP_S < reference.work.take_seconds(), (
+        "four units took four naps"
+    )
     assert learners.asked == 4
     assert torch.equal(logp_BT, learners.reference.logprobs(collate(groups)))
     assert logp_BT[collate(groups).mask_BT].ne(0).any()
@@ -182,10 +184,10 @@ def test_a_unit_alone_is_bit_for_bit_the_unit_among_others(prompts):
     sampling = config.sampling.model_copy(update={"prompts_per_step": prompts, "answers_per_prompt": 3})
     config = config.model_copy(update={"sampling": sampling})
     whole = batch(groups=5)
-    assert config.reference_unit == {4: 1, 24: 3}[prompts]
+    assert config.step_unit == {4: 1, 24: 3}[prompts]
     reference = Reference(language_model(), config, adapter_off=False)
     logp_BT = reference.logprobs(whole)
-    for rows in units(whole, config.reference_unit):
+    for rows in units(whole, config.step_unit):
         alone_BT = reference.logprobs(take(whole, rows))
         assert torch.equal(alone_BT, logp_BT[rows, : alone_BT.shape[1]])
     torch.testing.assert_close(logp_BT, Role(reference.model, config).logprobs(whole), atol=1e-5, rtol=1e-5)

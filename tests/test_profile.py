@@ -26,6 +26,21 @@ def test_profile_traces_the_second_step_and_accounts_for_its_time(random_folder,
     )
 
 
+def test_a_critic_has_its_rows(random_folder, make_run, quiet):
+    algorithm = {"preset": "ppo", "kl": {"coef": 0.1}}
+    run = make_run(
+        random_folder, steps=2, profile=True, reward={"functions": [{"name": REWARD}]}, algorithm=algorithm
+    )
+    train(run, quiet)
+    record = json.loads((Path(run.run_dir) / "profile" / "phases.json").read_text())
+    phases = {phase["name"]: phase for phase in record["phases"]}
+    assert phases["update_critic"]["flops"] == 3 * phases["critic_model"]["flops"]
+    assert 0 < phases["critic_model"]["flops"] < phases["reference_model"]["flops"], (
+        "it has no output head to speak of"
+    )
+    assert all(0 < phases[name]["share"] < 1 for name in ("critic_model", "update_critic"))
+
+
 def test_work_is_counted_by_hand():
     model = random_model()  # hidden 64, 2 layers, 4 heads of 16, 2 key heads, mlp 192
     per_layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 192

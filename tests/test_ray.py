@@ -29,7 +29,7 @@ from tandem.errors import ConfigError
 from tandem.journal import read_metrics
 from tandem.model.new import new_tokenizer
 from tandem.placement.cluster.build import weights_root
-from tandem.placement.cluster.learners import Learners, RemoteReference
+from tandem.placement.cluster.learners import InUnits, Learners
 from tandem.placement.cluster.lost import EnginesLost
 from tandem.placement.cluster.parcel import Parcel
 from tandem.train.interrupt import Interrupted
@@ -118,7 +118,7 @@ def test_apart_is_the_run_of_one_process_though_an_engine_dies_and_another_hangs
     """Whoever takes over answers the same, from the same weights; and reference work beside sampling changes nothing:
     four units a step, each begun when the answers to its question are there."""
     hang, hit, begun = hanging(monkeypatch), [], []
-    after, begin = Session.after, RemoteReference.begin
+    after, begin = Session.after, InUnits.begin
 
     def strike(self, step, *rest):
         after(self, step, *rest)
@@ -132,7 +132,7 @@ def test_apart_is_the_run_of_one_process_though_an_engine_dies_and_another_hangs
         begin(self, unit)
 
     monkeypatch.setattr(Session, "after", strike)
-    monkeypatch.setattr(RemoteReference, "begin", watched)
+    monkeypatch.setattr(InUnits, "begin", watched)
     assert run_in(tmp_path, placement={"kind": "apart", **RAY, "backoff_s": 0.1}) == inline
     seen = pids(tmp_path / "run", "engine")
     assert len(set(seen)) == 3 and hit == seen[:2], "two engines were replaced"

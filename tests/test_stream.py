@@ -5,6 +5,7 @@ known; engine, scorer and data are the real ones.
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tandem.placement.inline import sampling_params
 from tandem.rewards.scorer import Scorer
 from tandem.rewards.watch import FailureWatch
 from tandem.rollout import EVAL, Sampler, Stream, group_from, group_record, mixed, permuted
+from tandem.types import Score
 from tiny_models import chain, rewrite, spelled
 
 END = 258
@@ -201,6 +203,18 @@ def test_dynamic_sampling_replaces_groups_with_nothing_to_say_by_fresh_ones(make
         seen += [g.prompt.id for g in groups]
     order = [row for row in Cursor(24, seed=3, shuffle=True).take(48) if row % 3 == 0]
     assert seen == [row for row in order if row in seen][: len(seen)], "in the order of the prompts"
+
+
+def test_a_penalty_of_length_alone_makes_no_group_worth_training_on(make):
+    group = make().take(0)[0]
+    wrong = [Score(reward=-1.0 + p, parts={"right": -1.0, "overlong": p}) for p in (0.0, -0.5, -0.75)]
+    right = Score(reward=0.5, parts={"right": 1.0, "overlong": -0.5})
+
+    def scored(scores):
+        return replace(group, rollouts=tuple(replace(group.rollouts[0], score=s) for s in scores))
+
+    assert not mixed(scored(wrong)) and mixed(scored([*wrong, right]))
+    assert not mixed(scored([*wrong, Score(failure="timeout")])), "a failure says nothing"
 
 
 def test_dynamic_sampling_gives_up_after_the_bound_with_a_step_that_teaches_nothing(make):

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from small_recipe import recipe
+from tandem.checkpoint import newest
 from tandem.cli import app
 from tandem.config import load
 from tandem.config.sections import Lora
@@ -65,6 +67,18 @@ def greedy(speaker: Speaker, prompt: str, tokens: int = 12) -> str:
 
 
 # Where a model lies.
+
+
+def test_a_checkpoints_model_is_exported_while_its_run_goes_on(trained, tmp_path):
+    target = tmp_path / "exported"
+    done = call("export", trained, target)
+    assert done.exit_code == 0 and f"written: {target}" in done.output
+    theirs = load_file(newest(trained / "checkpoints") / "model" / "model.safetensors")
+    ours = AutoModelForCausalLM.from_pretrained(target).state_dict()
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+    assert call("export", newest(trained / "checkpoints"), target).exit_code == 0, "an export is replaced"
+    nothing = call("export", tmp_path, target)
+    assert nothing.exit_code == 2 and "has no checkpoint; give the folder of a run that has" in nothing.output
 
 
 def test_a_run_folder_means_its_export_then_its_newest_checkpoint(trained, tmp_path):

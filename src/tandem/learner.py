@@ -68,6 +68,16 @@ def silenced(batch: BatchT) -> BatchT:
     return replace(row, **zeroed)
 
 
+def in_units(batch: Batch, groups: int, compute: Callable[[Batch], Tensor]) -> Tensor:
+    """[B, T]: each unit of so many groups as if it were alone, so that one may be computed as soon as its answers are
+    there."""
+    made_BT = torch.zeros(batch.tokens_BT.shape)
+    for rows in units(batch, groups):
+        unit_BT = compute(take(batch, rows))
+        made_BT[rows, : unit_BT.shape[1]] = unit_BT
+    return made_BT
+
+
 class Role:
     """A model as the loop sees it: what it gives to a batch."""
 
@@ -295,8 +305,8 @@ class Critic(Pupil):
 
     @torch.no_grad()
     def values(self, batch: Batch) -> Tensor:
-        """`value_BT` at the sampled tokens, on the CPU; 0 elsewhere."""
-        return self._each(batch, self._token_values)
+        """`value_BT` at the sampled tokens, on the CPU, unit by unit; 0 elsewhere."""
+        return in_units(batch, self.run.step_unit, lambda unit: self._each(unit, self._token_values))
 
     def update(self, parts: Sequence[Experience]) -> dict[str, float]:
         """One optimizer update per part, as the actor's, from all rows that are trained."""
@@ -332,13 +342,9 @@ class Reference(Role):
         self.adapter_off = adapter_off
 
     def logprobs(self, batch: Batch) -> Tensor:
-        """Each unit as if it were alone, so that one may be computed as soon as its answers are there."""
-        logp_BT = torch.zeros(batch.tokens_BT.shape)
+        """As `Role.logprobs`, unit by unit."""
         with self.model.base() if self.adapter_off else nullcontext():
-            for rows in units(batch, self.run.reference_unit):
-                unit_BT = super().logprobs(take(batch, rows))
-                logp_BT[rows, : unit_BT.shape[1]] = unit_BT
-        return logp_BT
+            return in_units(batch, self.run.step_unit, super().logprobs)
 
     def refresh(self, actor: Actor) -> None:
         """Take over the actor's weights."""
@@ -362,16 +368,19 @@ def add(totals: dict[str, float], sums: dict[str, float]) -> None:
 
 
 def means(totals: dict[str, float], updates: int) -> dict[str, float]:
-    """Metrics from the sums of `policy_loss`: losses per update, the rest per trained token."""
-    tokens = max(1.0, totals.get("tokens", 0.0))
+    """Metrics from the sums of `policy_loss`: losses per update, the rest per trained token, where there was one."""
+    tokens = totals.get("tokens", 0.0)
+    losses = {
+        f"actor/{name}": totals.get(f"loss/{short}", 0.0) / max(1, updates)
+        for name, short in (("pg_loss", "pg"), ("kl_loss", "kl"), ("loss", "total"))
+    }
+    if not tokens:
+        return losses
 
     def mean(name: str, over: float = tokens) -> float:
         return totals.get(name, 0.0) / over
 
-    return {
-        "actor/pg_loss": mean("loss/pg", max(1, updates)),
-        "actor/kl_loss": mean("loss/kl", max(1, updates)),
-        "actor/loss": mean("loss/total", max(1, updates)),
+    return losses | {
         "actor/entropy": mean("entropy"),
         "actor/pg_clipfrac": mean("clip_low") + mean("clip_high"),
         "actor/pg_clipfrac_low": mean("clip_low"),

@@ -32,6 +32,7 @@ app.command()(runs.plan)
 app.command()(models.generate)
 app.command()(models.chat)
 app.command(name="eval")(models.evaluate)
+app.command()(models.export)
 app.command()(models.convert)
 
 

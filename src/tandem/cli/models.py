@@ -1,4 +1,4 @@
-"""Commands about models: generate, chat, eval, convert."""
+"""Commands about models: generate, chat, eval, export, convert."""
 
 import secrets
 from dataclasses import replace
@@ -127,6 +127,22 @@ def evaluate(
     if run.journal.samples:
         console.print(result.table(run.journal.samples))
     typer.echo(result.sentence())
+
+
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run, or one of its checkpoints.")
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="TARGET", help="Folder to write, or an export to replace.")
+    ],
+    debug: Debug = False,
+) -> None:
+    """Write the newest checkpoint's model as a Hugging Face folder, also while the run goes on."""
+    import_libraries()
+    from tandem.checkpoint.extract import extract
+
+    typer.echo(f"written: {extract(source, target)}")
 
 
 def convert(

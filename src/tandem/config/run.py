@@ -82,8 +82,8 @@ class Run(Section):
         return self.algorithm.kl.coef > 0
 
     @property
-    def reference_unit(self) -> int:
-        """Groups of a step whose reference log-probabilities are computed together."""
+    def step_unit(self) -> int:
+        """Groups of a step whose reference log-probabilities, and values, are computed together."""
         return self.unit(self.sampling.prompts_per_step, self.sampling.answers_per_prompt)
 
     def unit(self, prompts: int, answers: int) -> int:

@@ -224,7 +224,8 @@ class Algorithm(Section):
     entropy: float = Field(0.0, ge=0)
     """Coefficient of the entropy bonus."""
     keep: Literal["all", "mixed"] = "all"
-    """`mixed`: dynamic sampling, groups whose rewards are all equal are replaced by fresh ones."""
+    """`mixed`: dynamic sampling, groups whose rewards are all equal are replaced by fresh ones; a penalty of length
+    (reward.overlong_buffer) makes no difference between them."""
     max_refills: int = Field(4, ge=0)
     """Rounds of fresh groups per step under keep=mixed; then the step goes on with what it has."""
     drop_truncated: bool = False

@@ -106,9 +106,13 @@ def is_empty(value: Any) -> bool:
 
 
 def column(values: Mapping[str, Any], key: str, name: str) -> Any:
-    """`key` is that of the configuration, which names the column."""
+    """`key` is that of the configuration, which names the column; `a.b` is the field b of column a, where no column has
+    that name."""
     if name in values:
         return values[name]
+    outer, _, inner = name.partition(".")
+    if inner and isinstance(values.get(outer), Mapping):
+        return column(values[outer], key, inner)
     there = ", ".join(list(values)[:20]) or "none"
     raise DataError(f"no column {name!r} ({key}); the columns are: {there}{WITHOUT.get(key, '')}")
 

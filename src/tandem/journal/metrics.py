@@ -207,7 +207,8 @@ _UPDATE = {
     "actor/entropy": Metric(
         "mean entropy of the next-token distribution over tokens",
         "nat",
-        "falls as the policy commits; a fall to 0 ends exploration",
+        "falls as the policy commits; a fall to 0 ends exploration. As all figures of an update and logp_gap it is of "
+        "the answers with a gradient (others are not computed), and absent in a step without any",
     ),
     "actor/pg_clipfrac": Metric(
         "tokens (answers, if the ratio is per sequence) whose clip takes effect / all",
@@ -298,6 +299,9 @@ _TIME = {
         "reference works on groups as their answers are complete; elsewhere all of it",
     ),
     "timing/critic_model": Metric("values of the critic", "s", "about 0 without one"),
+    "timing/non_overlap_critic_model": Metric(
+        "waiting for the critic after the last answer", "s", "as timing/non_overlap_reference_model"
+    ),
     "timing/adv": Metric("advantages and weights", "s", ""),
     "timing/non_overlap_adv": Metric("the same", "s", "nothing hides it"),
     "timing/update": Metric("all updates of the policy in the step", "s", ""),
@@ -314,9 +318,11 @@ _TIME = {
     ),
     "timing/eval": Metric("evaluation", "s", ""),
     "timing/save": Metric("checkpoint", "s", ""),
-    "e2e_tps": Metric("(prompt + answer tokens) / timing/all", "tokens/s", "per process"),
-    "update_tps": Metric("(prompt + answer tokens) / timing/update", "tokens/s", "per process"),
-    "rollout_tps": Metric("answer tokens / timing/rollout", "tokens/s", "generated tokens only, per process"),
+    "e2e_tps": Metric("(prompt + answer tokens) / timing/all", "tokens/s", "of the whole run"),
+    "update_tps": Metric("(prompt + answer tokens) / timing/update", "tokens/s", "of the whole run"),
+    "rollout_tps": Metric(
+        "answer tokens / timing/rollout", "tokens/s", "generated tokens only, of the whole run"
+    ),
     "memory/rss_mb": Metric("resident memory of the process", "MiB", "workers not included"),
     "memory/device_mb": Metric("peak of tensors on the accelerator", "MiB", "0 on the CPU"),
 }

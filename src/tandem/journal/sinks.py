@@ -148,8 +148,8 @@ class WandbSink(Sink):
             id_file.write_text(uuid.uuid4().hex[:12], encoding="ascii")
         try:
             self._run = wandb.init(
-                project="tandem",
-                name=folder.name,
+                project=os.environ.get("WANDB_PROJECT", "tandem"),
+                name=os.environ.get("WANDB_NAME", folder.name),
                 id=id_file.read_text(encoding="ascii").strip(),
                 resume="allow",
                 dir=str(folder),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from tandem.config.reward import OVERLONG
 from tandem.config.run import Run
 from tandem.config.sections import Sampling
 from tandem.data.cursor import Cursor
@@ -19,8 +20,9 @@ from tandem.types import Group, Rollout, Score
 
 
 def mixed(group: Group) -> bool:
-    """The group's rewards are not all equal: it has something to say."""
-    return len(set(group.rewards)) > 1
+    """The group's rewards, but for penalties of length, are not all equal: it has something to say of the task."""
+    scores = [r.score for r in group.rollouts if r.score is not None and r.score.reward is not None]
+    return len({s.reward - s.parts.get(OVERLONG, 0.0) for s in scores if s.reward is not None}) > 1
 
 
 KEEP: dict[str, Callable[[Group], bool]] = {"all": lambda group: True, "mixed": mixed}

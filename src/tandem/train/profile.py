@@ -21,6 +21,19 @@ from tandem.model import LanguageModel
 from tandem.model.product import product
 from tandem.types import Group
 
+PHASES = (
+    "rollout",
+    "non_overlap_reward",
+    "non_overlap_reward_model",
+    "old_log_p",
+    "reference_model",
+    "critic_model",
+    "adv",
+    "update",
+    "update_critic",
+)
+"""Of a step, in order, as `timing/*` names them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
@@ -73,8 +86,17 @@ def matmul_weights(model: LanguageModel) -> int:
     network = model.network
     embedding = network.get_input_embeddings().weight
     matrices = {id(p): p.numel() for p in network.parameters() if p.ndim == 2 and p is not embedding}
-    head = network.get_output_embeddings().weight
-    return sum(matrices.values()) + (head.numel() if head is embedding else 0)
+    head = network.get_output_embeddings()
+    tied = head is not None and head.weight is embedding
+    return sum(matrices.values()) + (embedding.numel() if tied else 0)
+
+
+def forward_flops(model: LanguageModel, groups: list[Group]) -> float:
+    """Of all tokens of a step, prompts once."""
+    lengths = [(g.rollouts[0].prompt_length, [r.answer_length for r in g.rollouts]) for g in groups]
+    tokens = sum(prompt + sum(many) for prompt, many in lengths)
+    pairs = sum(prompt**2 / 2 + sum(prompt * n + n**2 / 2 for n in many) for prompt, many in lengths)
+    return 2.0 * matmul_weights(model) * tokens + attention_flops(model.network.config, pairs)
 
 
 def attention_flops(config: PretrainedConfig, pairs: float) -> float:
@@ -87,8 +109,10 @@ def attention_flops(config: PretrainedConfig, pairs: float) -> float:
 class StepProfile:
     """Traces one step, then writes `trace.json` (chrome://tracing, Perfetto), `phases.json` and a table."""
 
-    def __init__(self, folder: Path, model: LanguageModel, say: Callable[[str], None]) -> None:
-        self.folder, self.model, self.say = folder, model, say
+    def __init__(
+        self, folder: Path, model: LanguageModel, critic: LanguageModel | None, say: Callable[[str], None]
+    ) -> None:
+        self.folder, self.model, self.critic, self.say = folder, model, critic, say
         self.rates = measure_rates(model.device, model.network.dtype)
         self._profiler = profile()
 
@@ -112,26 +136,22 @@ class StepProfile:
 
     def phases(self, groups: list[Group], seconds: dict[str, float], slots: int) -> list[Phase]:
         """Work and limit of each phase that was timed."""
-        config, weights = self.model.network.config, matmul_weights(self.model)
-        lengths = [(g.rollouts[0].prompt_length, [r.answer_length for r in g.rollouts]) for g in groups]
-        prompts = sum(prompt for prompt, _ in lengths)
-        answers = sum(sum(many) for _, many in lengths)
-        prompt_pairs = sum(prompt**2 / 2 for prompt, _ in lengths)
-        answer_pairs = sum(prompt * n + n**2 / 2 for prompt, many in lengths for n in many)
-        rollout = 2.0 * weights * (prompts + answers) + attention_flops(config, prompt_pairs + answer_pairs)
-        count = sum(len(many) for _, many in lengths)
-        longest = max((n for _, many in lengths for n in many), default=0)
-        steps = max(longest, answers / min(slots, max(count, 1)))
-        reading = steps * weights * self.model.network.dtype.itemsize / self.rates.bytes_per_s
-        forward = rollout  # the same tokens, prompts once, all at the same time
+        lengths = [r.answer_length for g in groups for r in g.rollouts]
+        steps = max(max(lengths, default=0), sum(lengths) / min(slots, max(len(lengths), 1)))
+        read = steps * matmul_weights(self.model) * self.model.network.dtype.itemsize
+        forward = forward_flops(self.model, groups)
+        values = 0.0 if self.critic is None else forward_flops(self.critic, groups)
+        # Sampling computes the same tokens, one after the other.
         work = {
-            "rollout": (rollout, reading),
+            "rollout": (forward, read / self.rates.bytes_per_s),
             "old_log_p": (forward, 0.0),
             "reference_model": (forward, 0.0),
+            "critic_model": (values, 0.0),
             "update": (3 * forward, 0.0),
+            "update_critic": (3 * values, 0.0),
         }
         rows = []
-        for name in ("rollout", "non_overlap_reward", "old_log_p", "reference_model", "adv", "update"):
+        for name in PHASES:
             taken = seconds.get(f"timing/{name}", 0.0)
             flops, floor = work.get(name, (0.0, 0.0))
             if taken > 1e-3:
@@ -145,10 +165,10 @@ def table(phases: list[Phase], rates: Rates) -> str:
     products, copies = f"{rates.flops_per_s / 1e9:,.0f} GFLOP/s", f"{rates.bytes_per_s / 1e9:,.1f} GB/s"
     lines = [
         f"limits: {products} in large products, {copies} in copies",
-        f"{'phase':<16} {'seconds':>8} {'of step':>8} {'GFLOP':>9} {'limit, s':>9} {'share of limit':>15}",
+        f"{'phase':<24} {'seconds':>8} {'of step':>8} {'GFLOP':>9} {'limit, s':>9} {'share of limit':>15}",
     ]
     for p in phases:
         share = f"{p.share:.0%}" if p.flops else "-"
         work = f"{p.flops / 1e9:>9.1f} {p.limit_s:>9.3f} {share:>15}"
-        lines.append(f"{p.name:<16} {p.seconds:>8.3f} {p.seconds / total:>8.0%} {work}")
+        lines.append(f"{p.name:<24} {p.seconds:>8.3f} {p.seconds / total:>8.0%} {work}")
     return "\n".join(lines)

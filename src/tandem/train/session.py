@@ -61,7 +61,8 @@ class Session:
             self.journal.log(step, self._figures)
         if step == self._profiled and step < self.run.steps:
             folder = Path(self.run.run_dir) / "profile"
-            self._profile = StepProfile(folder, self.roles.actor.model, self.journal.say)
+            critic = None if self.roles.critic is None else self.roles.critic.model
+            self._profile = StepProfile(folder, self.roles.actor.model, critic, self.journal.say)
             self._profile.start()
 
     def after(
@@ -135,7 +136,7 @@ class Session:
 
 def waited(seconds: dict[str, float]) -> dict[str, float]:
     """The loop's own seconds, and among them those of stages that may have been worked on before it came there."""
-    stages = [stage for stage in ("reference_model", "adv") if f"timing/{stage}" in seconds]
+    stages = [stage for stage in ("reference_model", "critic_model", "adv") if f"timing/{stage}" in seconds]
     return seconds | {f"timing/non_overlap_{stage}": seconds[f"timing/{stage}"] for stage in stages}
 
 

@@ -27,7 +27,12 @@ from tandem.rollout import Sampler, Stream
 
 if TYPE_CHECKING:
     from tandem.placement.cluster.engines import Engines
-    from tandem.placement.cluster.learners import Learners, RemoteActor, RemoteCritic, RemoteReference
+    from tandem.placement.cluster.learners import (
+        Learners,
+        RemoteActor,
+        RemoteCritic,
+        RemoteReference,
+    )
     from tandem.placement.cluster.port import Cluster
 
 SHARED = Path("/dev/shm")
@@ -93,7 +98,9 @@ class RemoteRoles:
         """As `inline.Roles.take_seconds`, on the clocks of those who work."""
         seconds = self.sampler.take_seconds()
         if self.reference is not None:
-            seconds["timing/reference_model"] = self.reference.take_seconds()
+            seconds["timing/reference_model"] = self.reference.work.take_seconds()
+        if self.critic is not None:
+            seconds["timing/critic_model"] = self.critic.work.take_seconds()
         seconds["timing/resharding_to_infer"], self.sending_s = self.sending_s, 0.0
         return seconds | {"timing/resharding_to_train": self.learners.take_turn_s()}
 
@@ -143,10 +150,13 @@ def build(
         cursor = Cursor(len(prompts.prompts), run.seed, run.data.shuffle)
         watch = FailureWatch(run.reward.max_failure_share)
         stream = Stream(sampler=inner, prompts=prompts, cursor=cursor, watch=watch)
+        reference = placed.reference() if run.needs_reference else None
+        critic = placed.critic() if run.needs_critic else None
+        placed.beside_sampling(inner, [role.work for role in (reference, critic) if role is not None])
         roles = RemoteRoles(
             actor=placed.actor(facts),
-            reference=placed.reference(inner) if run.needs_reference else None,
-            critic=placed.critic() if run.needs_critic else None,
+            reference=reference,
+            critic=critic,
             sampler=SamplerInLine(inner, line),
             stream=AheadStream(stream, line),
             kl=KlController(kl.coef, kl.target, kl.horizon),

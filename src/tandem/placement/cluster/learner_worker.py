@@ -128,9 +128,12 @@ class LearnerWorker(Process):
             give_back(self.actor.model.device)
         return self._first((figures, self.actor.counters()))
 
-    def values(self, batch: Batch) -> Tensor | None:
+    def values(self, batch: Batch) -> tuple[Tensor, float] | None:
+        """And the seconds that they took."""
         assert self.critic is not None
-        return self._first(self.critic.values(batch))
+        began = time.monotonic()
+        value_BT = self.critic.values(batch)
+        return self._first((value_BT, time.monotonic() - began))
 
     def update_critic(self, parts: Sequence[Experience]) -> tuple[Any, Any] | None:
         """As `update`."""

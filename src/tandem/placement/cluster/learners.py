@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tandem.config.run import Run
 from tandem.errors import RunError
-from tandem.learner import Critic, Policy, units
+from tandem.learner import Critic, Policy, in_units
 from tandem.placement.cluster import port
 from tandem.placement.cluster.carried import Carried, pack, unpack
 from tandem.placement.cluster.learner_worker import Facts
 from tandem.placement.cluster.lost import WorkerLost
 from tandem.rollout import Units
-from tandem.types import Batch, Experience, Group, collate, take
+from tandem.types import Batch, Experience, Group, collate
 
 ROOT_CAUSE_S = 3.0
 """When one learner fails the others lose their connection to it; so long the one that began it is looked for."""
@@ -190,15 +189,52 @@ class RemoteActor(Policy):
         self._counters = {name: saved[name] for name in self._counters}
 
 
+class InUnits:
+    """What the learners compute of a step's answers, unit by unit (`Run.step_unit`). What was begun while others were
+    still answered is not computed again."""
+
+    def __init__(self, learners: Learners, method: str) -> None:
+        self.learners, self.method = learners, method
+        self._begun: dict[bytes, Begun] = {}
+        self._seconds = 0.0
+
+    def begin(self, unit: Batch) -> None:
+        """Start on a unit whose answers are there."""
+        self._begun[content(unit)] = self.learners.begin(self.method, unit)
+
+    def of(self, batch: Batch) -> Tensor:
+        """[B, T], of all units."""
+        if not self._begun:
+            return self._timed(self.learners.compute(self.method, batch))
+        made_BT = in_units(batch, self.learners.run.step_unit, self._unit)
+        self._begun.clear()
+        return made_BT
+
+    def take_seconds(self) -> float:
+        """That the learners worked on what was asked for since the last call."""
+        taken, self._seconds = self._seconds, 0.0
+        return taken
+
+    def _unit(self, unit: Batch) -> Tensor:
+        begun = self._begun.pop(content(unit), None) or self.learners.begin(self.method, unit)
+        return self._timed(self.learners.finish(begun))
+
+    def _timed(self, result: tuple[Tensor, float]) -> Tensor:
+        made_BT, seconds = result
+        self._seconds += seconds
+        return made_BT
+
+
 class RemoteCritic:
     """What predicts the reward to come, and its optimizer."""
 
     def __init__(self, learners: Learners) -> None:
         self.learners = learners
+        self.work = InUnits(learners, "values")
         self._counters = {"nonfinite_in_a_row": 0, "updates": 0}
 
     def values(self, batch: Batch) -> Tensor:
-        return self.learners.compute("values", batch)
+        return self.work.of(batch)
 
     def update(self, parts: Sequence[Experience]) -> dict[str, float]:
         figures, self._counters = self.learners.compute("update_critic", parts)
@@ -217,38 +253,14 @@ def restore_counters(critic: Critic, saved: Mapping[str, int]) -> None:
 
 
 class RemoteReference:
-    """Where the KL term pulls to. What was begun while others were still answered is not computed again."""
+    """Where the KL term pulls to."""
 
     def __init__(self, learners: Learners) -> None:
-        self.learners, self.run = learners, learners.run
-        self._begun: dict[bytes, Begun] = {}
-        self._seconds = 0.0
-
-    def begin(self, unit: Batch) -> None:
-        """Start on a unit (`Run.reference_unit`) whose answers are there."""
-        self._begun[content(unit)] = self.learners.begin("reference_logprobs", unit)
+        self.learners = learners
+        self.work = InUnits(learners, "reference_logprobs")
 
     def logprobs(self, batch: Batch) -> Tensor:
-        if not self._begun:
-            return self._timed(self.learners.compute("reference_logprobs", batch))
-        logp_BT = torch.zeros(batch.tokens_BT.shape)
-        for rows in units(batch, self.run.reference_unit):
-            unit = take(batch, rows)
-            begun = self._begun.pop(content(unit), None) or self.learners.begin("reference_logprobs", unit)
-            unit_BT = self._timed(self.learners.finish(begun))
-            logp_BT[rows, : unit_BT.shape[1]] = unit_BT
-        self._begun.clear()
-        return logp_BT
-
-    def take_seconds(self) -> float:
-        """That the learners worked on what was asked for since the last call."""
-        taken, self._seconds = self._seconds, 0.0
-        return taken
-
-    def _timed(self, result: tuple[Tensor, float]) -> Tensor:
-        logp_BT, seconds = result
-        self._seconds += seconds
-        return logp_BT
+        return self.work.of(batch)
 
     def refresh(self, actor: RemoteActor) -> None:
         self.learners.call("refresh")
@@ -276,12 +288,12 @@ class RemoteRewardModel:
 
 
 class Meanwhile:
-    """Starts the reference on each unit of a step as soon as the answers of its groups are there, while learners have
-    nothing else to do. Called as `Sampler.on_group`."""
+    """Starts reference and critic on each unit of a step as soon as the answers of its groups are there, while learners
+    have nothing else to do. Called as `Sampler.on_group`."""
 
-    def __init__(self, reference: RemoteReference) -> None:
-        self.reference, self.run = reference, reference.run
-        self._units = Units(self.run.reference_unit, self.run.sampling.prompts_per_step)
+    def __init__(self, run: Run, works: Sequence[InUnits]) -> None:
+        self.works = works
+        self._units = Units(run.step_unit, run.sampling.prompts_per_step)
 
     @staticmethod
     def helps(run: Run) -> bool:
@@ -291,9 +303,11 @@ class Meanwhile:
 
     def __call__(self, place: int, group: Group) -> None:
         if unit := self._units.add(place, group):
-            self.reference.begin(collate(unit))
+            batch = collate(unit)
+            for work in self.works:
+                work.begin(batch)
 
 
 def content(batch: Batch) -> bytes:
-    """What log-probabilities depend on, to tell two batches apart."""
+    """What log-probabilities and values depend on, to tell two batches apart."""
     return b"".join(t.numpy().tobytes() for t in (batch.length_B, batch.prompt_length_B, batch.tokens_BT))

@@ -1,7 +1,7 @@
 """Who sits where: bundles of devices, one per worker or per pair that shares a device, and the workers on them."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from tandem.placement.cluster.engine_worker import EngineWorker
 from tandem.placement.cluster.engines import Engines
 from tandem.placement.cluster.learner_worker import Facts, LearnerWorker
 from tandem.placement.cluster.learners import (
+    InUnits,
     Learners,
     Meanwhile,
     RemoteActor,
@@ -89,15 +90,16 @@ class Placed:
     def actor(self, facts: Facts) -> RemoteActor:
         return RemoteActor(self.learners, facts)
 
-    def reference(self, sampler: Sampler) -> RemoteReference:
-        """Which works beside the sampler where it can."""
-        reference = RemoteReference(self.learners)
-        if Meanwhile.helps(self.run):
-            sampler.on_group = Meanwhile(reference)
-        return reference
+    def reference(self) -> RemoteReference:
+        return RemoteReference(self.learners)
 
     def critic(self) -> RemoteCritic:
         return RemoteCritic(self.learners)
+
+    def beside_sampling(self, sampler: Sampler, works: Sequence[InUnits]) -> None:
+        """Have learners do these while engines sample, where they can."""
+        if works and Meanwhile.helps(self.run):
+            sampler.on_group = Meanwhile(self.run, works)
 
     def reward_model(self) -> RemoteRewardModel:
         return RemoteRewardModel(self.learners, self.engines.sleep if self.shared else None)

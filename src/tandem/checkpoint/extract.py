@@ -1,0 +1,41 @@
+"""A Hugging Face folder from a checkpoint, whether the run goes on or not."""
+
+import shutil
+from pathlib import Path
+
+from tandem.checkpoint.export import export
+from tandem.checkpoint.manifest import list_problems, verify
+from tandem.checkpoint.store import newest
+from tandem.errors import ConfigError, RunError
+
+
+def extract(source: Path, target: Path) -> Path:
+    """Write the policy of a checkpoint, or of a run's newest one, into `target`; of a run with an adapter its PEFT
+    folder. No process but this one is needed, whatever the layout was. Returns the real path."""
+    # A module with torch.distributed's files, which no other use of checkpoints needs.
+    from tandem.checkpoint.sharded import export_sharded
+
+    checkpoint = checkpoint_of(source)
+    if (checkpoint / "sharded").is_dir():
+        return export_sharded(checkpoint / "sharded", target)
+    if not (checkpoint / "model").is_dir():
+        raise RunError(f"{checkpoint} holds no model; it was not made by a run of Tandem's")
+    return export(lambda place: shutil.copytree(checkpoint / "model", place, dirs_exist_ok=True), target)
+
+
+def checkpoint_of(source: Path) -> Path:
+    """The checkpoint that a path means, valid; ConfigError where there is none, RunError for a broken one."""
+    if (source / "manifest.json").is_file():
+        if problems := verify(source):
+            raise RunError(f"checkpoint {source} is broken: {list_problems(problems)}. Take another one")
+        return source
+    if not source.is_dir():
+        raise ConfigError(
+            f"{source} does not exist or is not a folder; give that of a run, or a checkpoint of one"
+        )
+    found = newest(source / "checkpoints")
+    if found is None:
+        raise ConfigError(
+            f"{source} has no checkpoint; give the folder of a run that has, or a checkpoint of one"
+        )
+    return found
