@@ -162,6 +162,14 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     assert "steps=8" in again.output and "--fresh" in again.output
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
 
+    shorter = call("train", path, "steps=3")
+    assert shorter.exit_code == 0 and "is finished: 4 of 3 steps" in shorter.output
+    (tmp_path / "run" / "summary.json").unlink()
+    assert "has 4 steps done, more than steps=3; set steps=4" in call("train", path, "steps=3").stderr
+    assert "4 steps in" in call("train", path).output, (
+        "what may be older than the last step is exported again"
+    )
+
     longer = call("train", path, "steps=5")
     assert "going on from" in longer.output and "5 steps in" in longer.output
     other = call("train", path, "steps=5", "seed=1")

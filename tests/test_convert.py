@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from convert_models import MODELS, SHAPE, assert_bytes_equal, network, rank_weights, saved, weights
 from tandem.checkpoint.convert import convert
+from tandem.checkpoint.convert.companions import rope_scaling
 
 LAYOUTS = {
     "one": {},
@@ -287,6 +288,19 @@ def test_what_goes_along(folders, tmp_path):
     assert values["moe_router_pre_softmax"]  # Transformers' default for the family
     assert values["moe_layer_freq"] == [1, 0, 1, 1] and values["num_query_groups"] == 4
     assert AutoTokenizer.from_pretrained(there).chat_template
+
+
+def test_scaled_positions_go_along():
+    """Megatron has a name for Llama 3's; others are kept as they are."""
+    llama = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama |= {"original_max_position_embeddings": 8192, "rope_theta": 5e5}
+    assert rope_scaling(llama) == {"use_rope_scaling": True, "rope_scaling_factor": 8.0}
+    assert rope_scaling({"rope_type": "default", "rope_theta": 1e4}) == {}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
+    assert rope_scaling(yarn) == {"rope_parameters": yarn}
+    assert rope_scaling(llama | {"low_freq_factor": 2.0}) == {
+        "rope_parameters": llama | {"low_freq_factor": 2.0}
+    }
 
 
 def test_every_byte_of_a_rank_file_is_its_own(folders, tmp_path):

@@ -277,6 +277,7 @@ def adapter(folder: Path, **settings) -> Path:
     [
         ({"use_dora": True}, "use_dora=True cannot be merged here"),
         ({"bias": "all"}, "bias='all' cannot be merged here"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base weights, too"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head'] cannot be merged here"),
         ({"target_modules": ["embed_tokens"]}, "are not pairs of lora_A and lora_B"),
     ],

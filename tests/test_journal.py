@@ -97,6 +97,18 @@ def test_rewind_to_before_the_first_step_forgets_everything(tmp_path):
     assert not list((tmp_path / "r" / "rollouts").iterdir()) and not (tmp_path / "r" / "tensorboard").exists()
 
 
+def test_a_run_that_goes_on_before_its_first_step_keeps_its_warmup(tmp_path):
+    run = run_of(tmp_path, "journal.sinks=[tensorboard]")
+    with Journal(run, tmp_path / "r") as journal:
+        journal.log(0, {"warmup/update": 0, "warmup/loss": 2.0})
+        journal.log(0, {"eval/accuracy": 0.1})
+        journal.record(0, groups())
+    with Journal(run, tmp_path / "r") as journal:
+        journal.rewind(-1, keep_warmup=True)
+    assert [row["warmup/loss"] for row in read_metrics(tmp_path / "r" / "metrics.jsonl")] == [2.0]
+    assert not list((tmp_path / "r" / "rollouts").iterdir()) and (tmp_path / "r" / "tensorboard").exists()
+
+
 def test_a_torn_last_line_is_replaced_by_the_next_whole_one(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"ste')
     with Journal(run_of(tmp_path), tmp_path) as journal:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from scoring import answer, group, kinds, number
+from tandem.errors import RunError
 from tandem.rewards import pool
 from tandem.rewards.channel import Inbox, frame
 from tandem.rewards.scorer import Scorer
@@ -196,6 +197,23 @@ def test_a_worker_started_in_a_thread_that_ended_is_replaced(scorer: Callable[..
     thread.join()
     time.sleep(0.2)
     assert kinds(made[0].score([group(number(4), number(5))])[0]) == [1.0, -1.0]
+
+
+def test_a_replacement_that_hangs_in_its_imports_is_not_waited_for_for_ever(
+    tmp_path: Path, scorer: Callable[..., Scorer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\nfrom pathlib import Path\n\n"
+        f"seen = Path({str(tmp_path / 'seen')!r})\nagain = seen.exists()\nseen.touch()\ntime.sleep(600 * again)\n\n"
+        "def wait(answer: str) -> float:\n    time.sleep(600)\n    return 1.0\n"
+    )
+    one = scorer(f"{tmp_path / 'slow.py'}:wait", timeout_s=0.5, workers=1)
+    one.ready()
+    monkeypatch.setattr(pool, "START_S", 2.0)
+    began = time.monotonic()
+    with pytest.raises(RunError, match="did not import its functions within 2 s"):
+        one.score([group("first", "second")])
+    assert time.monotonic() - began < 20
 
 
 def test_two_threads_may_score_at_once(scorer: Callable[..., Scorer]) -> None:

@@ -23,7 +23,7 @@ from tandem.config.sections import Lora
 from tandem.data.prompts import load_prompts
 from tandem.data.template import open_template
 from tandem.engine import decode
-from tandem.errors import ConfigError, DataError
+from tandem.errors import ConfigError, DataError, RunError
 from tandem.model import LanguageModel
 from tandem.model.new import new_tokenizer
 from tandem.talk.chat import Chat, converse
@@ -93,6 +93,40 @@ def test_a_run_folder_means_its_export_then_its_newest_checkpoint(trained, tmp_p
     exported, resumed = (open_speaker(locate(str(f)), "cpu") for f in (trained, copy))
     ours, theirs = exported.model.network.state_dict(), resumed.model.network.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_a_run_that_went_on_after_its_export_means_its_newest_checkpoint(trained, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    assert locate(str(copy)).folder is not None
+    (copy / "checkpoints" / "step_00000004").rename(copy / "checkpoints" / "step_00000006")
+    with pytest.raises(RunError, match="step_00000006"):
+        locate(str(copy))  # The name is not the one that it was sealed with.
+    summary = json.loads((copy / "summary.json").read_text())
+    (copy / "summary.json").write_text(json.dumps(summary | {"steps": 6}))
+    assert locate(str(copy)).folder is not None
+
+
+def test_a_checkpoint_that_is_named_is_verified(trained, tmp_path):
+    copy = tmp_path / "step_00000004"
+    shutil.copytree(newest(trained / "checkpoints"), copy)
+    weights = bytearray((copy / "model" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model" / "model.safetensors").write_bytes(weights)
+    with pytest.raises(RunError, match=r"is broken: .*model.safetensors"):
+        locate(str(copy))
+
+
+def test_a_run_folder_cannot_switch_on_its_own_code(trained, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    config = (copy / "config.yaml").read_text()
+    assert "trust_remote_code: false" in config
+    (copy / "config.yaml").write_text(config.replace("trust_remote_code: false", "trust_remote_code: true"))
+    for command in (["generate", copy, "1+1"], ["eval", copy]):
+        refused = call(*command)
+        assert refused.exit_code == 2 and "say --trust-remote-code if you know" in refused.output
+        assert call(*command, "--trust-remote-code").exit_code == 0
 
 
 def test_an_adapter_speaks_alike_from_its_checkpoint_and_merged(adapted):

@@ -84,6 +84,11 @@ def test_gsm8k_gold_answers_are_right_and_off_by_one_is_wrong() -> None:
         ("-.5", Fraction(-1, 2)),
         ("2.5e-2", Fraction(1, 40)),
         ("5th of 7", Fraction(7)),
+        (r"so it is $1\frac{4}{5}$.", Fraction(9, 5)),
+        (r"-2 \dfrac{1}{2}", Fraction(-5, 2)),
+        (r"\frac{3}{4}", Fraction(3, 4)),
+        ("in 2020 1/2 of them", Fraction(1, 2)),
+        ("1,111,1111", Fraction(1111)),
     ],
 )
 def test_the_last_number_reads_sign_separators_decimals_and_fractions(
@@ -119,6 +124,11 @@ def test_math_equal_keeps_apart_what_brace_stripping_would_merge() -> None:
     assert math_equal("[0, 1)", "[0,1)")
     assert not math_equal("[0, 1)", "[0,1]")
     assert math_equal("10\\text{ cm}", "10")
+    for mixed in ("1\\frac{4}{5}", "1 \\frac{4}{5}", "1 4/5", "1\\dfrac{4}{5}"):
+        assert (
+            math_equal(mixed, "\\frac{9}{5}") and math_equal("1.8", mixed) and number(mixed) == Fraction(9, 5)
+        )
+        assert not math_equal(mixed, "\\frac{14}{5}") and not math_equal("14/5", mixed)
 
 
 HOSTILE = [
@@ -134,6 +144,7 @@ HOSTILE = [
 ]
 HOSTILE += [
     "1,",
+    ",111",
     "9",
     "- ",
     "1/",

@@ -83,7 +83,10 @@ class Stderr(logging.Handler):
     """`warning: ...` on the stderr of the moment: a progress bar puts its own in place while it is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(f"{record.levelname.lower()}: {self.format(record)}", err=True)
+        from tandem.journal import visible
+
+        said = "".join(map(visible, self.format(record)))
+        typer.echo(f"{record.levelname.lower()}: {said}", err=True)
 
 
 @contextmanager

@@ -75,10 +75,15 @@ def write_sharded(folder: Path, model: ShardedModel, optimizer: Optimizer) -> No
     dist.barrier()
 
 
-def read_sharded(folder: Path, model: LanguageModel, optimizer: Optimizer) -> None:
-    """Bring model and optimizer to what any number of processes wrote; each reads its slices only."""
-    figures = read_json(folder / STATE)
+def read_weights(folder: Path, model: LanguageModel) -> None:
+    """Bring a model to what any number of processes wrote; each reads its slices only."""
     read(model, _weights(model), folder / WEIGHTS)
+
+
+def read_sharded(folder: Path, model: LanguageModel, optimizer: Optimizer) -> None:
+    """As `read_weights`, with the optimizer."""
+    figures = read_json(folder / STATE)
+    read_weights(folder, model)
     _read_optimizer(folder / OPTIMIZER, model, optimizer, figures["steps"], MANY)
     optimizer.updates = figures["updates"]
 

@@ -17,6 +17,7 @@ from tandem.cli.options import (
     Temperature,
     TopK,
     TopP,
+    Trust,
     import_libraries,
     plain_console,
 )
@@ -39,6 +40,7 @@ def generate(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
     device: Device = "auto",
+    trust_remote_code: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Answer prompts with a model."""
@@ -51,7 +53,7 @@ def generate(
 
     place = locate(model)
     every = [*(prompts or []), *(generation.read_prompts(file) if file is not None else [])]
-    speaker = open_speaker(place, device, raw=raw)
+    speaker = open_speaker(place, device, raw=raw, trust=trust_remote_code)
     params = speaker.params(max_tokens, temperature, top_p, top_k, min_p)
     alone = len(every) * n == 1
     for reply in generation.generate(speaker, every, params, answers=n, seed=seed):
@@ -70,6 +72,7 @@ def chat(
     min_p: MinP = 0.0,
     seed: Annotated[int | None, typer.Option(min=0, help="For equal answers; else they differ.")] = None,
     device: Device = "auto",
+    trust_remote_code: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Talk with a model.
@@ -81,7 +84,7 @@ def chat(
     from tandem.talk.place import locate
     from tandem.talk.speaker import open_speaker
 
-    speaker = open_speaker(locate(model), device)
+    speaker = open_speaker(locate(model), device, trust=trust_remote_code)
 
     def say(text: str) -> None:
         typer.echo(text, nl=False)
@@ -106,6 +109,7 @@ def evaluate(
         str | None, typer.Option(help="Recipe with the questions and the reward, for a model without a run.")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write figures and settings to this file.")] = None,
+    trust_remote_code: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Measure a model on held-out questions, as during its training."""
@@ -121,7 +125,7 @@ def evaluate(
     place = replace(place, run=run)
     console = plain_console()
     with console.status("answering"):
-        result = measure(run, open_model(place, pick(run.device)), model)
+        result = measure(run, open_model(place, pick(run.device), trust_remote_code), model)
     if json is not None:
         result.write(json)
     if run.journal.samples:

@@ -57,4 +57,7 @@ MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens."
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among tokens of this much probability.")]
 TopK = Annotated[int, typer.Option(min=0, help="Sample among so many tokens; 0 for all.")]
 MinP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Drop tokens below this share of the likeliest.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the model's folder brings along.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, or a device by name.")]

@@ -139,12 +139,15 @@ def say_if_finished(run: "Run", recipe: str, overrides: list[str], allow_config_
     """Nothing is left to do: all steps are done and the model is exported, with this configuration."""
     from tandem.checkpoint import newest, read_manifest
     from tandem.config import difference, load
+    from tandem.journal import exported_step
 
     folder = Path(run.run_dir)
     if not (folder / "model" / "config.json").is_file():
         return False
     checkpoint = newest(folder / "checkpoints")
     if checkpoint is None or (done := read_manifest(checkpoint).step) < run.steps:
+        return False
+    if (exported := exported_step(folder)) is None or exported < done:
         return False
     if difference(load(checkpoint / "config.yaml"), run) and not allow_config_change:
         return False

@@ -3,7 +3,7 @@
 from tandem.journal.curve import draw
 from tandem.journal.journal import Journal, read_metrics
 from tandem.journal.metrics import METRICS, document_metrics, repeatable, throughput
-from tandem.journal.report import Summary, sample_answers, visible
+from tandem.journal.report import Summary, exported_step, sample_answers, visible
 from tandem.journal.timer import Timer
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Timer",
     "document_metrics",
     "draw",
+    "exported_step",
     "read_metrics",
     "repeatable",
     "sample_answers",

@@ -87,12 +87,13 @@ class Journal:
             logger.warning("rollouts are no longer recorded: %s; training goes on", redact(str(error)))
             return None
 
-    def rewind(self, step: int) -> None:
-        """Forgets what came after a step, before a run goes on from there; -1 forgets everything."""
+    def rewind(self, step: int, *, keep_warmup: bool = False) -> None:
+        """Forgets what came after a step, before a run goes on from there; -1 forgets everything, but for the warm-up
+        where that is kept."""
         assert self._sinks is None, "rewind comes before the first line"
-        self._file.rewind(step)
+        self._file.rewind(step, keep_warmup)
         rollouts.rewind(self._folder / "rollouts", step)
-        if step < 0:
+        if step < 0 and not keep_warmup:
             forget(self._folder)
         self._first_step = step + 1
 
@@ -164,8 +165,12 @@ class _Lines:
         self._size += len(block)
         self._waiting = []
 
-    def rewind(self, step: int) -> None:
-        kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= step]
+    def rewind(self, step: int, keep_warmup: bool) -> None:
+        def keeps(line: bytes) -> bool:
+            row = json.loads(line)
+            return row["step"] <= step or (keep_warmup and "warmup/update" in row)
+
+        kept = [line for line in _whole_lines(self._path) if keeps(line)]
         if self._path.exists():
             partial = self._path.with_suffix(".jsonl.tmp")
             partial.write_bytes(b"".join(kept))

@@ -27,6 +27,15 @@ _LONGEST = 600
 """Characters shown of one text."""
 
 
+def exported_step(folder: Path) -> int | None:
+    """Steps behind the exported model of a run's folder; None where that is not known. The summary is written last."""
+    try:
+        steps = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return steps if isinstance(steps, int) else None
+
+
 def visible(text: str) -> str:
     """The text with control, format and surrogate characters written as escapes; newlines stay."""
     shown = "".join(_visible(character) for character in text[:_LONGEST])

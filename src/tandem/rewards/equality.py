@@ -5,7 +5,7 @@ import re
 from fractions import Fraction
 
 from tandem.rewards.extraction import MAX_EXPRESSION
-from tandem.rewards.number import number
+from tandem.rewards.number import number, plain_value
 
 PERCENT_TOLERANCE = Fraction(1, 10_000)
 _INTEGER = re.compile(r"-?[0-9]{1,15}")
@@ -76,11 +76,12 @@ def math_equal(answer: str, truth: str, depth: int = 0) -> bool:
     answer, truth = answer.strip(), truth.strip()
     if too_long(answer):
         return False
-    if answer.casefold() == truth.casefold() or (normal(truth) and normal(answer) == normal(truth)):
+    shown, wanted = normal(plain_value(answer)), normal(plain_value(truth))
+    if answer.casefold() == truth.casefold() or (wanted and shown == wanted):
         return True
     if truth in "ABCDE" and len(truth) == 1:
         return _last_choice(answer) == truth
-    ours, gold = number(normal(answer)), number(normal(truth))
+    ours, gold = number(shown), number(wanted)
     if ours is not None and gold is not None:
         return any(_close(ours, label) for label in (gold, gold / 100, gold * 100))
     if depth == 0:

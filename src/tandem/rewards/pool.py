@@ -103,15 +103,12 @@ class Pool:
         return [t for w in self.workers for t in w.owed]
 
     def _begin(self) -> None:
-        """Replace workers that died while idle, and start the clock of those that are still starting."""
+        """Replace workers that died while idle."""
         self.check_open()
         for worker in list(self.workers):
             status = worker.process.poll()
             if status is not None and (worker.ready or status == -signal.SIGKILL):
                 self._replace(worker)
-        for worker in self.workers:
-            if not worker.ready and worker.deadline is None:
-                worker.expect(START_S)
 
     def _restart(self) -> None:
         """After an interruption nothing of the old work may reach the next call."""
@@ -122,6 +119,9 @@ class Pool:
 
     def _turn(self) -> None:
         """Give out, wait, take in, and end what is late."""
+        for worker in self.workers:
+            if not worker.ready and worker.deadline is None:
+                worker.expect(START_S)  # It is waited for only now.
         for worker in list(self.workers):
             if worker.answered >= RECYCLE and not worker.owed:
                 self._replace(worker)

@@ -4,8 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.checkpoint import newest
+from tandem.checkpoint.extract import checkpoint_of
+from tandem.checkpoint.manifest import step_of
 from tandem.config import Run, load
 from tandem.errors import ConfigError
+from tandem.journal import exported_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,14 +37,21 @@ def locate(given: str) -> Place:
     if (path / "config.json").is_file():
         return Place(given=given, folder=str(path))
     if (path / "manifest.json").is_file():
-        return of_checkpoint(given, path)
-    if (path / "model" / "config.json").is_file():
+        return of_checkpoint(given, checkpoint_of(path))
+    if (path / "model" / "config.json").is_file() and not outdated(path):
         config = path / "config.yaml"
         return Place(given=given, folder=str(path / "model"), run=load(config) if config.is_file() else None)
     checkpoint = newest(path / "checkpoints")
     if checkpoint is not None:
         return of_checkpoint(given, checkpoint)
     raise ConfigError(f"{given}: {nothing_in(path)}; give the folder of a Hugging Face model or of a run")
+
+
+def outdated(path: Path) -> bool:
+    """The run went on after it exported its model."""
+    exported = exported_step(path)
+    newer = [step_of(entry.name) for entry in (path / "checkpoints").glob("step_*")]
+    return exported is not None and any(step is not None and step > exported for step in newer)
 
 
 def of_checkpoint(given: str, checkpoint: Path) -> Place:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tandem.checkpoint.sharded import read_weights
 from tandem.data.question import Message
 from tandem.data.template import Renderer, open_template, split_stops
 from tandem.device import pick, set_threads
@@ -52,9 +53,10 @@ class Speaker:
         )
 
 
-def open_speaker(place: Place, device: str, *, raw: bool = False) -> Speaker:
-    """Load the model; it speaks in the template of its run, else in its tokenizer's own."""
-    model = open_model(place, pick(device))
+def open_speaker(place: Place, device: str, *, raw: bool = False, trust: bool = False) -> Speaker:
+    """Load the model, with code of its folder's own where that is `trust`ed; it speaks in the template of its run, else
+    in its tokenizer's own."""
+    model = open_model(place, pick(device), trust)
     if raw:
         return Speaker(model=model, template=None, system=None)
     if place.run is None:
@@ -76,21 +78,28 @@ def open_speaker(place: Place, device: str, *, raw: bool = False) -> Speaker:
     )
 
 
-def open_model(place: Place, device: torch.device) -> LanguageModel:
+def open_model(place: Place, device: torch.device, trust: bool = False) -> LanguageModel:
     """The model in evaluation mode: in the type of its run, else in the one that it is stored in."""
+    if place.run is not None and place.run.model.trust_remote_code and not trust:
+        raise ConfigError(
+            f"{place.given}: its config.yaml asks to run Python code that the model's folder brings along "
+            "(model.trust_remote_code); say --trust-remote-code if you know what that code does"
+        )
     set_threads(place.run.threads if place.run is not None else None)
     if place.folder is not None:
-        trusted = place.run is not None and place.run.model.trust_remote_code
-        dtype = place.run.model.dtype if place.run is not None else stored_dtype(place.folder)
-        return load_frozen(place.folder, dtype, device, trusted)
+        dtype = place.run.model.dtype if place.run is not None else stored_dtype(place.folder, trust)
+        return load_frozen(place.folder, dtype, device, trust)
     assert place.checkpoint is not None and place.run is not None
-    config = place.run.model
-    weights = place.checkpoint / "model"
-    model = load(config, tokenizer_of(config), device, seed=place.run.seed, resume=weights)
+    config, seed = place.run.model, place.run.seed
+    sharded = place.checkpoint / "sharded"
+    weights = None if sharded.is_dir() else place.checkpoint / "model"
+    model = load(config, tokenizer_of(config), device, seed=seed, resume=weights)
+    if weights is None:
+        read_weights(sharded, model)
     model.module.eval()
     return model
 
 
-def stored_dtype(folder: str) -> str:
+def stored_dtype(folder: str, trust: bool = False) -> str:
     """16-bit weights are read as bfloat16, all others as float32."""
-    return "bf16" if describe(folder).dtype in (torch.bfloat16, torch.float16) else "fp32"
+    return "bf16" if describe(folder, trust).dtype in (torch.bfloat16, torch.float16) else "fp32"

@@ -20,7 +20,7 @@ from tandem.device import describe, pick, set_threads, synchronize
 from tandem.engine import SamplingParams
 from tandem.engine.vllm import check_params, check_room
 from tandem.errors import ConfigError
-from tandem.journal import Journal, Summary, Timer, draw, read_metrics, sample_answers
+from tandem.journal import Journal, Summary, Timer, draw, read_metrics, sample_answers, visible
 from tandem.learner import Actor, Reference
 from tandem.model import LanguageModel, tokenizer_of
 from tandem.model import describe as describe_model
@@ -75,7 +75,9 @@ def train(run: Run, launch: Launch) -> Summary:
         except Interrupted as signal:
             session.save()
             launch.console.print(
-                f"stopped by {signal}; go on with: tandem train {launch.recipe}", highlight=False
+                f"stopped by {signal}; go on with: tandem train {launch.recipe}",
+                highlight=False,
+                markup=False,
             )
             raise
         except EnginesLost:
@@ -88,9 +90,16 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
     """Everything that can be wrong is found here, the cheap before the slow; then the policy is warmed up."""
     folder, console = Path(run.run_dir), launch.console
     resume = newest(folder / "checkpoints")
+    step = 0
     if resume is not None:
         check_same(run, resume, launch)
-    console.print(run.arithmetic(), highlight=False)
+        step = read_json(resume / "state.json")["step"]
+    if step > run.steps:
+        raise ConfigError(
+            f"{resume} has {step} steps done, more than steps={run.steps}; set steps={step} to end there, or begin "
+            "anew with --fresh"
+        )
+    console.print(run.arithmetic(), highlight=False, markup=False)
     # Elsewhere the accelerators belong to the workers.
     device = pick(run.device if run.placement.kind == "inline" else "cpu")
     set_threads(run.threads)
@@ -102,7 +111,7 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
     prompts = load_prompts(
         run.data, run.data.train, tokenizer, limit=run.data.limit, reward_column=run.reward.column
     )
-    console.print(prompts.sentence(), highlight=False)
+    console.print("".join(map(visible, prompts.sentence())), highlight=False, markup=False)
     held_out = held_out_questions(run, tokenizer)
     scorer.ready()
     journal = stack.enter_context(Journal(run, folder, console))
@@ -112,8 +121,7 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
     params = sampling_params(run, prompts.template, tokenizer)
     check_lengths(run, params, max_positions(run, model), [*prompts.prompts, *held_out])
     (folder / "config.yaml").write_text(dump(run), encoding="utf-8")
-    step = 0 if resume is None else read_json(resume / "state.json")["step"]
-    journal.rewind(step - 1)
+    journal.rewind(step - 1, keep_warmup=resume is not None)
     warmed = 0.0
     if resume is None and run.warmup is not None:
         assert model is not None
@@ -122,7 +130,9 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
     roles = stack.enter_context(closing(ROLES[run.placement.kind](run, model, prompts, scorer, reference)))
     if resume is not None:
         snapshot.restore(resume, roles, prompts.fingerprint)
-        console.print(f"going on from {resume}, {step} of {run.steps} steps done", highlight=False)
+        console.print(
+            f"going on from {resume}, {step} of {run.steps} steps done", highlight=False, markup=False
+        )
     timer = Timer(lambda: synchronize(device))
     return Session(run, roles, prompts, held_out, journal, timer, interruption, step, warmed)
 

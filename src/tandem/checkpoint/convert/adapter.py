@@ -26,6 +26,10 @@ _PLAIN = {
 """Settings of an adapter and the one value that merging here knows."""
 
 
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Ways to begin an adapter that leave the weights it is for as they are."""
+
+
 class Merged:
     """Another source with `scale * B @ A` added to the weights that the adapter names, rounded once."""
 
@@ -82,6 +86,12 @@ def _settings(folder: Path) -> tuple[int, float]:
                 f"{path}: {key}={config[key]!r} cannot be merged here; merge it with PEFT (merge_and_unload), "
                 "save the model, and convert that"
             )
+    start = config.get("init_lora_weights", True)
+    if start not in _STARTS:
+        raise ConfigError(
+            f"{path}: init_lora_weights={start!r} changes the base weights, too; merge it with PEFT "
+            "(merge_and_unload), save the model, and convert that"
+        )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise ConfigError(f"{path}: r={rank!r}, lora_alpha={alpha!r}; both must be numbers above 0")

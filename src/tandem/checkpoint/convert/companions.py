@@ -1,6 +1,7 @@
 """What goes along with the weights: config, tokenizer, and the arguments with which Megatron is started."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ _COPIED = (
     "tokenizer_config.json",
     "vocab.json",
 )
+LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""All but the factor of Megatron's one kind of scaled positions."""
 WORDS = {
     torch.float64: "float64",
     torch.float32: "float32",
@@ -77,6 +85,7 @@ def write_arguments(
         "pipeline_model_parallel_size": layout.pipeline,
         "layers_per_stage": counts,
     }
+    values |= rope_scaling(config.rope_parameters)
     if layout.virtual > 1:
         values["num_layers_per_virtual_pipeline_stage"] = counts[0][0]
     if model.expert_layers:
@@ -93,3 +102,13 @@ def write_arguments(
             "expert_tensor_parallel_size": layout.expert_tensor,
         }
     write_json(folder / ARGUMENTS, values)
+
+
+def rope_scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Of positions, what Megatron has a name for: Llama 3's scaling with its usual bounds. Any other is kept as
+    Transformers writes it, for whoever starts Megatron."""
+    if rope.get("rope_type", "default") == "default":
+        return {}
+    if all(rope.get(name) == value for name, value in LLAMA3.items()):
+        return {"use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+    return {"rope_parameters": dict(rope)}
