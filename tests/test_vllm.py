@@ -215,7 +215,7 @@ def test_paused_answers_go_on_with_the_weights_of_then(both, changes):
 
 def test_what_is_too_long_is_refused(tied):
     engine, _ = tied
-    with pytest.raises(RunError, match=r"up to 134 tokens, above the engine's limit of 128"):
+    with pytest.raises(ConfigError, match=r"up to 134 tokens, above the engine's limit of 128"):
         engine.generate([Request(tokens=(1,) * 110, key=0)], GREEDY)
 
 
