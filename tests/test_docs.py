@@ -2,13 +2,17 @@
 
 import inspect
 import re
+import shlex
 import textwrap
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
+from tandem.cli import app
 from tandem.config import document, load, preset_names, recipes
+from tandem.config.yaml_text import parse
 from tandem.journal import document_metrics
 from tandem.train.reinforce import reinforce
 
@@ -42,6 +46,31 @@ def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         if not target.startswith(("http://", "https://")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+COMMANDS = typer.main.get_command(app)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Words after `tandem` in each command of a page's blocks."""
+    blocks = re.findall(r"^```(?:sh)?\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    said = [line.removeprefix("$ ").split("  ")[0] for line in lines if re.match(r"(\$ )?tandem \w", line)]
+    return [shlex.split(line, comments=True)[1:] for line in said if not re.search(r"\.\.\.|\[|<", line)]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda p: p.name)
+def test_the_commands_of_pages_have_the_options_and_arguments_that_they_show(page):
+    for name, *words in commands(page):
+        if "quickstrt" in words or "samplng.top_k=2" in words:
+            continue  # Shown for what they are told.
+        COMMANDS.commands[name].make_context(name, list(words))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_yaml_in_pages_is_yaml(page):
+    for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        assert parse(block, page.name).data
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
