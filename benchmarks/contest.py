@@ -106,7 +106,10 @@ def run(contender: str, job: Job, folder: Path, pythons: Mapping[str, str]) -> d
         ]
         with log.open("w") as output:
             code = subprocess.run(
-                command, env=environment(job.threads), stdout=output, stderr=output
+                command,
+                env=environment(job.threads, Path(own)),
+                stdout=output,
+                stderr=output,
             ).returncode
         if result.exists():
             return json.loads(result.read_text(encoding="utf-8"))
@@ -116,11 +119,12 @@ def run(contender: str, job: Job, folder: Path, pythons: Mapping[str, str]) -> d
         }
 
 
-def environment(threads: int) -> dict[str, str]:
-    """The same for all: this process's own, the same number of threads, no network."""
+def environment(threads: int, own: Path) -> dict[str, str]:
+    """The same for all: this process's own, the same number of threads, no network, nothing compiled before."""
     paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(own / "inductor"),
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),

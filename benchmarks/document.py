@@ -97,6 +97,21 @@ def step_table(case: dict[str, Any]) -> str:
     return f"{table(heads + ['% of peak operations'] * with_peak, rows)}\n\n{gradient_line(case['gate'])}"
 
 
+def compiled_table(case: dict[str, Any]) -> str:
+    """With and without compilation; medians over rounds."""
+    plain = case["rows"][0]
+    rows = []
+    for row in case["rows"]:
+        if "not_run" in row:
+            cells = [row["not_run"], "-", "-"]
+        else:
+            first = sorted(row["first_seconds"])[len(row["first_seconds"]) // 2]
+            faster = f"{row['tokens_per_second'] / plain['tokens_per_second']:.2f}x"
+            cells = [f"{first:.3g}", spread(row), "-" if row is plain else faster]
+        rows.append([row["setting"], *cells])
+    return table(["learner.compile", "first step, s", "later steps, s", "later steps are faster by"], rows)
+
+
 def gradient_line(gate: dict[str, Any]) -> str:
     if "not_run" in gate:
         return f"Gradients were not compared: {gate['not_run']}."
@@ -199,6 +214,7 @@ def scaling_table(case: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "rollout": rollout_table,
     "grpo_step": step_table,
+    "compiled": compiled_table,
     "placement": placement_table,
     "scaling": scaling_table,
 }

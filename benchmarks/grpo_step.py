@@ -24,7 +24,7 @@ import lengths
 import machine
 import options
 import results
-from contenders import tandem_step, trl_step
+from contenders import trl_step
 from contest import Entry, Row, best, check, race, ratio, run
 from job import Job
 from shape import FIRST_WORD, Shape
@@ -45,7 +45,7 @@ CASES = {
     "long_prompts": Case(prompt_tokens=1024, fewer=4),
 }
 ENTRIES = [
-    *(Entry(contender="tandem_step", setting=s) for s in tandem_step.SETTINGS),
+    Entry(contender="tandem_step", setting="default"),
     *(Entry(contender="trl_step", setting=s) for s in trl_step.SETTINGS),
 ]
 

@@ -10,7 +10,8 @@ from job import Job
 from memory import Watch
 from shape import text
 
-SETTINGS = {"default": {}}
+SETTINGS: dict[str, dict[str, bool]] = {"default": {}, "compiled": {"compile": True}}
+"""Keys of `learner`."""
 REQUIRES = ("tandem",)
 REWARD = Path(__file__).parents[1] / "reward.py"
 
@@ -65,6 +66,7 @@ def steps(job: Job, folder: Path) -> dict[str, Any]:
     seconds = [after - before for before, after in zip(clock.began, clock.began[1:])]
     return {
         "seconds": seconds[1:],
+        "first_seconds": seconds[0],
         "tokens": clock.tokens[1:],
         "memory": memory,
         "phases": clock.phases[1:],
@@ -100,7 +102,7 @@ def recipe(job: Job, folder: Path, clip_grad: float | None = 1.0) -> Any:
         },
         "reward": {"functions": [{"name": f"{REWARD}:scrambled"}]},
         "algorithm": {"preset": "grpo", "kl": {"coef": job.beta}},
-        "learner": {"optimizer": {"lr": 1e-6, "clip_grad": clip_grad}},
+        "learner": {"optimizer": {"lr": 1e-6, "clip_grad": clip_grad}, **SETTINGS[job.setting]},
         "eval": {"every": None},
         "checkpoint": {"every": None},
     }

@@ -6,8 +6,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,7 +121,7 @@ def build(
 ) -> RemoteRoles:
     """The roles of a run. `start` is what the learners begin with where it is made in this process; else each loads
     `model`."""
-    port = ray_port()
+    port = ray_port(run.placement.address is None)
     # Both name the port, which only a run with Ray can import.
     places = importlib.import_module("tandem.placement.cluster.places")
     with ExitStack() as stack:
@@ -178,8 +178,9 @@ def threads(run: Run) -> int:
     return sampling.max_lag + 3 if sampling.in_flight and run.algorithm.keep == "all" else 1
 
 
-def ray_port() -> Any:
-    """The module that names Ray, imported when a run is placed with it and not before."""
+def ray_port(alone: bool) -> Any:
+    """The module that names Ray, imported when a run is placed with it and not before; `alone` where Ray is started for
+    this machine."""
     # Ray reads it when it is first imported. Whoever reaches a port of Ray without the token must get nothing.
     if "ray" not in sys.modules:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -188,12 +189,27 @@ def ray_port() -> Any:
     # One idle process per core, none of which a worker with an environment of its own can use.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     try:
-        return importlib.import_module("tandem.placement.cluster.port")
+        with loopback() if alone else nullcontext():
+            return importlib.import_module("tandem.placement.cluster.port")
     except ImportError as cause:
         raise ConfigError(
             f"placement.kind needs Ray 2.52 or newer, which cannot be imported ({cause}); install tandem-rl[ray], or "
             "set placement.kind=inline"
         ) from cause
+
+
+@contextmanager
+def loopback() -> Iterator[None]:
+    """A Ray that is imported inside has all its ports on this machine's own address, as it does on systems for which it
+    knows no clusters; else they are open to whoever reaches the machine."""
+    name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    before = os.environ.get(name)
+    os.environ[name] = before or "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
 
 
 def start_folder(start: LanguageModel | None, folder: Path) -> Path | None:

@@ -219,7 +219,7 @@ class Cluster:
 
 
 def join(placement: Placement, cpus: int) -> None:
-    """Be in the cluster of `placement.address`, or start one on this machine, reachable from it alone."""
+    """Be in the cluster of `placement.address`, or start one on this machine, whose ports are its own (`build.loopback`)."""
     if is_initialized():
         raise RunError("this process is in a Ray cluster already; call ray.shutdown() before the run")
     common: dict[str, Any] = {
@@ -237,7 +237,6 @@ def join(placement: Placement, cpus: int) -> None:
             "num_cpus": max(os.cpu_count() or 1, cpus),
             "include_dashboard": False,
             "object_store_memory": STORE_BYTES,
-            "_node_ip_address": "127.0.0.1",
         }
     # Ray ends the process at a signal; the run saves a checkpoint first.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
