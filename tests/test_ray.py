@@ -184,8 +184,12 @@ def test_a_killed_driver_leaves_nothing_and_a_killed_learner_a_checkpoint(tmp_pa
     left = weights_root(load(path), part / "run")
     assert list(left.glob("v*"))
     assert len(processes) > 5
-    heard = {c.laddr.ip for p in processes for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
-    assert heard and heard <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, "nobody else reaches a port of the run"
+    heard = {
+        c.laddr.ip for p in processes for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN
+    }
+    assert heard and heard <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, (
+        "nobody else reaches a port of the run"
+    )
     assert not [p for p in processes if "dashboard" in p.name()]
     end(driver.pid)
     driver.wait()

@@ -219,7 +219,7 @@ class Cluster:
 
 
 def join(placement: Placement, cpus: int) -> None:
-    """Be in the cluster of `placement.address`, or start one on this machine, whose ports are its own (`build.loopback`)."""
+    """Be in the cluster of `placement.address`, or start one on this machine, with its ports as in `build.loopback`."""
     if is_initialized():
         raise RunError("this process is in a Ray cluster already; call ray.shutdown() before the run")
     common: dict[str, Any] = {
