@@ -169,6 +169,15 @@ def test_several_engines_and_learners_go_on_from_one_process_and_it_from_them(in
     assert checked[:2] == [(0, 31, 31)] * 2, "both engines, before the first answer"
 
 
+@pytest.mark.gpu
+def test_a_pair_on_a_gpu_shares_its_memory(tmp_path):
+    """Learner and engine have half of the GPU each; every version is proved by checksums and log-probabilities."""
+    pair = {"placement": {"kind": "colocated", **RAY}, "engine": {"transfer": "ipc"}}
+    rows = [row for row in run_in(tmp_path, steps=4, **pair) if "grad_norm" in row]
+    assert [row["version"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["rollout/logp_gap_max"] < 1e-3 for row in rows)
+
+
 def test_a_killed_driver_leaves_nothing_and_a_killed_learner_a_checkpoint(tmp_path):
     """Both times the same command goes on, and the end is that of a run that was never touched."""
     changes = SMALL | {"steps": 20, "learner": LEARNER, "checkpoint": {"every": 1}, "eval": {"every": None}}
