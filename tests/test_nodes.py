@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from ray_runs import RECIPES, SMALL, JoinedNodes, end, small, steps_done, trajectory, wait_until
 from small_recipe import recipe
@@ -164,41 +166,39 @@ def test_a_cluster_joined_by_address_runs_its_recipe(nodes, tmp_path, random_fol
 
 
 def test_learners_need_not_see_the_run_folder(tmp_path):
-    """Two learners, and then one, on a node with nothing where the driver has the run: weights of the warm-up, moved
-    reference, critic and checkpoints go there and come back, and the run is that of one process."""
+    """Two of them go on with a run that one process began, on a node with nothing where the driver has it: checkpoint
+    and moved reference go there, checkpoint and model come back, and the run is that of one process."""
     if subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode:
         pytest.skip("this user cannot hide a folder from a process")
-    gae = {"advantage": "gae", "scale": "none", "kl": {"coef": 0.05}}
     changes = CHANGES | {
         "steps": 6,
-        "algorithm": gae,
+        "algorithm": {"advantage": "gae", "scale": "none", "kl": {"coef": 0.05}},
         "reference": {"refresh_every": 2},
-        "warmup": {"steps": 3, "batch": 4},
-        "reward": {"functions": [{"name": "answer_number"}]},
     }
     one, here, said = tmp_path / "one", tmp_path / "here", tmp_path / "said"
-    for folder in one, here / "run":
-        folder.mkdir(parents=True)
-    path = recipe(one, **changes)
-    train(load(path), Launch(recipe=str(path)))
+    paths = {}
+    for folder in one, here:
+        folder.mkdir()
+        paths[folder] = recipe(folder, **changes)
+    train(load(paths[one]), Launch(recipe="whole"))
+    train(load(paths[here], ["steps=3"]), Launch(recipe="begun"))
     with JoinedNodes(tmp_path, "--num-cpus=0", port=6398) as nodes:
         hidden = f'mount -t tmpfs -o ro none {here} && exec "$@"'
-        nodes.start(
-            f"--address={nodes.address}",
-            "--num-cpus=3",
-            within=["unshare", "--mount", "sh", "-c", hidden, "sh"],
-        )
-        placed = {"kind": "apart", "address": nodes.address, "learners": 2}
-        path = recipe(here, **changes, run_dir="run", placement=placed)
-        for words in ["steps=3"], ["placement.learners=1"]:
-            with driver(nodes, said, "-m", "tandem", "train", path, *words, folder=here) as process:
-                assert process.wait(timeout=120) == 0, said.read_text()
-    assert (here / "run" / "model" / "model.safetensors").is_file()
+        words = [f"--address={nodes.address}", "--num-cpus=3"]
+        nodes.start(*words, within=["unshare", "--mount", "sh", "-c", hidden, "sh"])
+        placed = f"placement={{kind: apart, address: '{nodes.address}', learners: 2}}"
+        command = ["-m", "tandem", "train", paths[here], placed, "run_dir=run"]
+        with driver(nodes, said, *command, folder=here) as process:
+            assert process.wait(timeout=120) == 0, said.read_text()
+    assert newest(here / "run" / "checkpoints", strict=True).name == "step_00000006"
     rows = ([row for row in trajectory(folder / "run") if "grad_norm" in row] for folder in (here, one))
     for ours, other in zip(*rows, strict=True):
         assert ours["step"] == other["step"] and ours["reward/mean"] == other["reward/mean"]
         for name in ("grad_norm", "critic/value_loss", "kl/reference"):
             assert ours[name] == pytest.approx(other[name], rel=1e-3, abs=1e-7), name
+    for name, weight in load_file(here / "run" / "model" / "model.safetensors").items():
+        theirs = load_file(one / "run" / "model" / "model.safetensors")[name]
+        torch.testing.assert_close(weight, theirs, atol=1e-3, rtol=1e-3)
 
 
 def test_room_that_another_run_takes_first_is_waited_for_with_nothing_held(nodes, tmp_path):
