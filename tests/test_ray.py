@@ -25,8 +25,12 @@ from ray_runs import (
 from small_recipe import recipe, start
 from tandem.checkpoint import newest
 from tandem.config import load
-from tandem.errors import ConfigError
+from tandem.engine import Request, SamplingParams
+from tandem.engine.receiver import ReceivingEngine
+from tandem.engine.roads import FilesRoad
+from tandem.errors import ConfigError, RunError
 from tandem.journal import read_metrics
+from tandem.model import LanguageModel
 from tandem.model.new import new_tokenizer
 from tandem.placement.cluster.build import weights_root
 from tandem.placement.cluster.learners import InUnits, Learners
@@ -234,6 +238,18 @@ def test_an_error_inside_a_worker_says_role_node_and_cause(tmp_path):
         match=r"learner 0 \(node \w+ at .*, pid \d+\): reference.path=\S+ lacks 1 weights: .*up_proj",
     ):
         train(load(path), Launch(recipe=str(path)))
+
+
+def test_an_engine_with_older_weights_refuses_to_sample():
+    from tandem.placement.cluster.engine_worker import EngineWorker
+
+    worker = object.__new__(EngineWorker)
+    worker._engine = ReceivingEngine(
+        LanguageModel(network("qwen3"), new_tokenizer(), "tiny"), FilesRoad(), slots=4
+    )
+    with pytest.raises(RunError, match="has version 0 of the weights, not 3"):
+        worker.generate(1, [Request(tokens=(1, 2), key=0)], SamplingParams(max_tokens=2), 3)
+    assert len(worker.engine.generate([Request(tokens=(1, 2), key=0)], SamplingParams(max_tokens=2))) == 1
 
 
 @pytest.mark.parametrize(("keys", "said"), [
