@@ -7,9 +7,9 @@ BIN := .venv/bin
 quickstart: .venv/run
 	$(BIN)/tandem train recipes/runs/quickstart.yaml --fresh
 
-# Three files of tests at a time, for most wait for processes that start; then those that measure time.
+# Two files of tests at a time, for most wait for processes that start; then those that measure time.
 test: .venv/dev
-	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m "not alone"
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not alone"
 	$(BIN)/pytest -m alone
 
 check: .venv/dev

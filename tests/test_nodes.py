@@ -189,7 +189,7 @@ def test_learners_need_not_see_the_run_folder(tmp_path):
         placed = f"placement={{kind: apart, address: '{nodes.address}', learners: 2}}"
         command = ["-m", "tandem", "train", paths[here], placed, "run_dir=run"]
         with driver(nodes, said, *command, folder=here) as process:
-            assert process.wait(timeout=120) == 0, said.read_text()
+            assert process.wait(timeout=300) == 0, said.read_text()
     assert newest(here / "run" / "checkpoints", strict=True).name == "step_00000006"
     rows = ([row for row in trajectory(folder / "run") if "grad_norm" in row] for folder in (here, one))
     for ours, other in zip(*rows, strict=True):
