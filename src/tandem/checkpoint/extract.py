@@ -12,7 +12,7 @@ from tandem.errors import ConfigError, RunError
 def extract(source: Path, target: Path) -> Path:
     """Write the policy of a checkpoint, or of a run's newest one, into `target`; of a run with an adapter its PEFT
     folder. No process but this one is needed, whatever the layout was. Returns the real path."""
-    # A module with torch.distributed's files, which no other use of checkpoints needs.
+    # Imported here: it brings torch.distributed along, which finding a checkpoint does without.
     from tandem.checkpoint.sharded import export_sharded
 
     checkpoint = checkpoint_of(source)
