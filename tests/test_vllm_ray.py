@@ -8,8 +8,11 @@ import pytest
 from copies import QUERY, flip_byte
 from small_recipe import recipe
 from tandem.config import load
+from tandem.config.sections import NewModel
 from tandem.errors import RunError
 from tandem.journal import read_metrics
+from tandem.model import LanguageModel
+from tandem.model.new import new_network, new_tokenizer
 from tandem.placement.cluster.engines import Engines
 from tandem.train.run import Launch, train
 
@@ -24,11 +27,11 @@ WIDE_HEADS = {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "max_po
 REWARD = Path(__file__).parents[1] / "benchmarks" / "reward.py"
 
 
-def run_in(folder: Path, **changes) -> list[dict]:
+def run_in(folder: Path, model: dict | None = None, **changes) -> list[dict]:
     path = recipe(
         folder,
         steps=3,
-        model={"new": WIDE_HEADS},
+        model=model or {"new": WIDE_HEADS},
         reward={"functions": [{"name": f"{REWARD}:scrambled"}]},
         learner={"optimizer": {"lr": 3e-3}},
         eval={"every": None},
@@ -47,6 +50,18 @@ def test_apart_every_step_samples_from_the_weights_of_the_step_before(tmp_path):
     assert all(row["rollout/logp_gap_max"] < 1e-4 for row in rows)
     assert [row["version"] for row in rows] == [1, 2, 3]
     assert all(row["actor/updates"] == 1 for row in rows)
+
+
+def test_an_adapter_travels_alone_and_is_applied(tmp_path):
+    """By files, version after version; the rate is high, so that an older one would be far off."""
+    tokenizer = new_tokenizer()
+    LanguageModel(new_network(NewModel(**WIDE_HEADS), tokenizer, 0), tokenizer, "base").save(
+        tmp_path / "base"
+    )
+    model = {"path": str(tmp_path / "base"), "new": None, "lora": {"rank": 4}}
+    rows = run_in(tmp_path, model=model, engine=ENGINE, placement={"kind": "apart", **PLACED})
+    assert [row["version"] for row in rows] == [1, 2, 3]
+    assert all(row["rollout/logp_gap_max"] < 1e-4 and row["actor/updates"] == 1 for row in rows)
 
 
 def test_colocated_a_flipped_byte_on_the_way_stops_the_run_with_the_tensors_name(tmp_path, monkeypatch):
