@@ -240,6 +240,19 @@ def test_an_error_inside_a_worker_says_role_node_and_cause(tmp_path):
         train(load(path), Launch(recipe=str(path)))
 
 
+def test_an_error_that_is_of_its_causes_class_too_is_told(tmp_path):
+    """As of a learner whose connection to a killed one breaks."""
+    from ray.exceptions import RayTaskError
+
+    from tandem.placement.cluster import port
+
+    error = RayTaskError("apply", "Traceback: in the collective", RuntimeError("Connection closed by peer"))
+    lost = port.failure(
+        port.Worker(None, "learner 0", tmp_path / "log"), "apply", error.as_instanceof_cause()
+    )
+    assert "learner 0" in str(lost) and "in the collective" in str(lost)
+
+
 def test_an_engine_with_older_weights_refuses_to_sample():
     from tandem.placement.cluster.engine_worker import EngineWorker
 

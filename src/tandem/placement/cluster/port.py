@@ -132,7 +132,9 @@ def failure(worker: Worker, method: str, error: exceptions.RayTaskError) -> Exce
     """Our own errors keep their kind and their words; of any other, everything is told."""
     if isinstance(error.cause, OWN):
         return type(error.cause)(f"{worker}: {error.cause}")
-    return WorkerLost(f"{worker} failed in `{method}`; its log: {worker.log}\n{error.traceback_str.strip()}")
+    # Where it is an instance of its cause's class as well, what it says of itself holds the traceback.
+    told = vars(error).get("traceback_str") or str(error)
+    return WorkerLost(f"{worker} failed in `{method}`; its log: {worker.log}\n{told.strip()}")
 
 
 def died(worker: Worker, method: str, error: Exception) -> str:
