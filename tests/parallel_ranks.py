@@ -134,7 +134,7 @@ def spread(case: Case, folder: Path) -> Actor:
 
 
 def weights_of(actor: Actor) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().clone() for name, weight in actor.weights()}
+    return {name: weight.detach().clone() for name, weight in actor.model.weights()}
 
 
 def masters_of(actor: Actor) -> dict[str, torch.Tensor]:
@@ -217,7 +217,7 @@ def go_on(case: Case, folder: Path, saved: Path, layout: str, rank: int) -> None
     assert asleep.nbytes > sum(weight.nbytes for weight in actor.optimizer.masters.values())
     asleep.wake()
     then = load_file(f"{saved} then.safetensors")
-    for name, weight in actor.weights():
+    for name, weight in actor.model.weights():
         assert torch.allclose(weight, then[name], atol=1e-7, rtol=1e-6), f"{layout}: {name}"
     actor.update([part], 0.05)
     later = weights_of(actor)
@@ -361,7 +361,7 @@ def offloaded(rank: int, world: int, address: str, place: str) -> None:
     actor = actor_of(case.run(folder), load_sharded(case.model(folder), new_tokenizer(), grid))
     assert all(weight.device.type == "cpu" for weight in actor.model.trainable().values())
     actor.update([part, part], 0.05)
-    save_file({name: weight.cpu() for name, weight in actor.weights()}, folder / "offloaded.safetensors")
+    save_file({name: weight.cpu() for name, weight in actor.model.weights()}, folder / "offloaded.safetensors")
 
 
 def export_while_training(folder: Path) -> None:

@@ -20,7 +20,10 @@ from small_recipe import recipe
 from tandem.checkpoint import newest
 from tandem.config import load
 from tandem.config.placement import Placement
+from tandem.config.sections import NewModel
 from tandem.journal import read_metrics
+from tandem.model import LanguageModel
+from tandem.model.new import new_network, new_tokenizer
 from tandem.train.run import Launch, train
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
@@ -32,6 +35,14 @@ CHANGES = SMALL | {
     "sampling": {"prompts_per_step": 4, "answers_per_prompt": 4, "max_answer_tokens": 64},
     "model": {"new": {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "max_positions": 128}},
 }
+REWARD = Path(__file__).parents[1] / "benchmarks" / "reward.py"
+WIDE_HEADS = NewModel(hidden_size=64, layers=2, heads=2, kv_heads=1, max_positions=256)
+"""On a CPU vLLM has no attention for narrower ones."""
+VLLM = (
+    {"engine.kv_cache_mb": 64, "engine.eager": "true", "engine.max_model_len": 256}
+    if find_spec("vllm")
+    else {"engine.kind": "embedded"}
+)
 PLACED = {"kind": "apart", "engines": 2, "spread": True, "backoff_s": 0.1}
 COMPARED = 12
 """Steps of which the first few are sampled by all engines."""
@@ -142,27 +153,42 @@ def held_against(whole: list[dict], ours: list[dict]) -> None:
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
 
 
-def test_a_cluster_joined_by_address_runs_its_recipe(nodes, tmp_path, random_folder):
+@pytest.mark.parametrize("more", [
+    {"placement.learners": 1, "placement.engines": 2},
+    {"placement.learners": 2, "placement.engines": 1, "model.lora": "{rank: 4}"},
+])  # fmt: skip
+def test_a_cluster_joined_by_address_runs_its_recipe(nodes, tmp_path, more):
+    """No folder is shared: all weights, or those of an adapter that two learners hold together, reach vLLM through
+    Ray, and every answer is of the version that it should be."""
+    folder = tmp_path / "model"
+    tokenizer = new_tokenizer()
+    LanguageModel(new_network(WIDE_HEADS, tokenizer, 0), tokenizer, "base").save(folder)
     questions = tmp_path / "train.jsonl"
     rows = [{"question": f"{i} and {i}?", "answer": f"#### {2 * i}"} for i in range(20)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     overrides = small(tmp_path, **{
-        "model.path": random_folder,
+        "model.path": folder,
         "model.dtype": "fp32",
         "data.train": questions,
         "data.template": "plain",
-        "engine.kind": "embedded",
+        "learner.optimizer.lr": 3e-3,
+        "reference.refresh_every": "null",
         "placement.address": nodes.address,
-        "placement.learners": 1,
-        "placement.engines": 2,
         "placement.spread": "true",
         "algorithm.kl.coef": 0.0,
+        "reward.functions": f"[{{name: '{REWARD}:scrambled'}}]",
+        **VLLM,
+        **more,
     })  # fmt: skip
     said = tmp_path / "said"
     with driver(nodes, said, "-m", "tandem", "train", RECIPES / "cluster.yaml", *overrides) as process:
         assert process.wait(timeout=120) == 0, said.read_text()
     assert len({node for lives in places(tmp_path).values() for node, _ in lives}) == 2
-    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")][-1] in (2, 3)
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "reward/mean" in row]
+    assert [row["version"] for row in rows] == [1, 2, 3] and all(row["actor/updates"] == 1 for row in rows)
+    gaps = [row["rollout/logp_gap_max"] for row in rows]
+    assert gaps[0] < 1e-4 < min(gaps[1:]), "then the answers are of the version before"
+    assert [row["rollout/lag_max"] for row in rows] == [0, 1, 1]
 
 
 def test_learners_need_not_see_the_run_folder(tmp_path):

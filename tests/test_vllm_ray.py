@@ -27,13 +27,13 @@ WIDE_HEADS = {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "max_po
 REWARD = Path(__file__).parents[1] / "benchmarks" / "reward.py"
 
 
-def run_in(folder: Path, model: dict | None = None, **changes) -> list[dict]:
+def run_in(folder: Path, model: dict | None = None, layout: dict | None = None, **changes) -> list[dict]:
     path = recipe(
         folder,
         steps=3,
         model=model or {"new": WIDE_HEADS},
         reward={"functions": [{"name": f"{REWARD}:scrambled"}]},
-        learner={"optimizer": {"lr": 3e-3}},
+        learner={"optimizer": {"lr": 3e-3}, "layout": layout or {}},
         eval={"every": None},
         journal={"samples": 0, "sinks": ["jsonl"]},
         **changes,
@@ -52,14 +52,20 @@ def test_apart_every_step_samples_from_the_weights_of_the_step_before(tmp_path):
     assert all(row["actor/updates"] == 1 for row in rows)
 
 
-def test_an_adapter_travels_alone_and_is_applied(tmp_path):
-    """By files, version after version; the rate is high, so that an older one would be far off."""
+@pytest.mark.parametrize(("learners", "layout"), [(1, {}), (2, {"tensor": 2})])
+def test_an_adapter_travels_alone_and_is_applied_by_a_worker_per_device(tmp_path, learners, layout):
+    """By files, version after version, from one learner to one worker of vLLM, and from two that hold the model
+    together to two. The rate is high, so that an older adapter would be far off."""
     tokenizer = new_tokenizer()
-    LanguageModel(new_network(NewModel(**WIDE_HEADS), tokenizer, 0), tokenizer, "base").save(
-        tmp_path / "base"
+    size = NewModel(**WIDE_HEADS | {"kv_heads": 2})
+    LanguageModel(new_network(size, tokenizer, 0), tokenizer, "base").save(tmp_path / "base")
+    rows = run_in(
+        tmp_path,
+        model={"path": str(tmp_path / "base"), "new": None, "lora": {"rank": 4}},
+        engine={**ENGINE, "tensor_parallel": learners},
+        placement={"kind": "apart", "learners": learners, **PLACED},
+        layout=layout,
     )
-    model = {"path": str(tmp_path / "base"), "new": None, "lora": {"rank": 4}}
-    rows = run_in(tmp_path, model=model, engine=ENGINE, placement={"kind": "apart", **PLACED})
     assert [row["version"] for row in rows] == [1, 2, 3]
     assert all(row["rollout/logp_gap_max"] < 1e-4 and row["actor/updates"] == 1 for row in rows)
 

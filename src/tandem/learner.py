@@ -273,10 +273,6 @@ class Actor(Pupil, Policy):
     def __init__(self, model: LanguageModel, run: Run, *, offload_gradients: bool = False) -> None:
         super().__init__(model, run, run.learner.optimizer, offload_gradients)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """All weights, whole, by their names in a Hugging Face folder. All processes iterate, in step."""
-        return self.model.weights()
-
     def update(self, parts: Sequence[Experience], kl_coef: float) -> dict[str, float]:
         """One optimizer update per part. Parts without signal and non-finite ones change nothing at all."""
         algorithm = self.run.algorithm

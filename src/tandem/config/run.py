@@ -137,11 +137,16 @@ class Run(Section):
                 f"engine.transfer={road}: with placement.kind={kind} weights travel by {', '.join(ROADS[kind])}"
                 + " (a broadcast needs a device for each of its processes)" * (road == "broadcast")
             )
-        adapter = self.model.lora is not None and self.placement.learners == 1
-        if road in ("broadcast", "ipc") and self.engine.kind == "vllm" and adapter:
-            raise ValueError(
-                f"engine.transfer={road}: vLLM reads adapters (model.lora) from files; use auto or files"
-            )
+        if self.engine.kind == "vllm" and self.model.lora is not None:
+            if road in ("broadcast", "ipc"):
+                raise ValueError(
+                    f"engine.transfer={road}: vLLM reads adapters (model.lora) from files; use auto or files"
+                )
+            if self.model.path is None:
+                raise ValueError(
+                    "engine.kind=vllm with model.lora reads the base model from its folder: set model.path instead of "
+                    "model.new"
+                )
         if road == "ipc" and self.learner.sleep:
             raise ValueError(
                 "engine.transfer=ipc points into the memory that learner.sleep=true gives away; use auto or files"

@@ -12,7 +12,6 @@ from tandem.engine.probe import check_probe
 from tandem.engine.roads import FilesRoad, MemoryRoad
 from tandem.engine.vllm import VllmEngine, check_params
 from tandem.engine.weights import ModelWeights
-from tandem.errors import ConfigError
 from tandem.model import LanguageModel
 from tandem.model.load import DTYPES
 
@@ -72,13 +71,17 @@ class CopiedEngine:
 def vllm_beside(run: Run, model: LanguageModel, params: SamplingParams) -> CopiedEngine:
     """vLLM in this process, with the weights that the actor has now; ConfigError where it cannot sample as asked."""
     check_params(params)
+    engine = vllm_engine(run, model, Path(run.run_dir) / FOLDER)
+    road = run.engine.road(one_process=True, adapter=run.model.lora is not None)
+    return CopiedEngine(model, engine, road, run.engine)
+
+
+def vllm_engine(run: Run, model: LanguageModel, folder: Path) -> VllmEngine:
+    """vLLM for the weights of such a model. It reads the base of an adapter where the run has it, and else only the
+    configuration, which it gets in `folder`."""
     adapter = run.model.lora is not None
-    if adapter and run.model.path is None:
-        raise ConfigError(
-            "engine.kind=vllm with model.lora reads the base model from its folder: set model.path instead of model.new"
-        )
-    engine = VllmEngine(
-        str(run.model.path) if adapter else str(described(model, Path(run.run_dir) / FOLDER)),
+    return VllmEngine(
+        str(run.model.path if adapter else described(model, folder)),
         run.engine,
         dtype=DTYPES[run.engine.dtype or run.model.dtype],
         tokenizer=model.tokenizer,
@@ -87,7 +90,6 @@ def vllm_beside(run: Run, model: LanguageModel, params: SamplingParams) -> Copie
         trust_remote_code=run.model.trust_remote_code,
         fill=adapter,
     )
-    return CopiedEngine(model, engine, run.engine.road(one_process=True, adapter=adapter), run.engine)
 
 
 def described(model: LanguageModel, folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """One Hugging Face folder from a stream of weights, so that no process needs memory for the whole model."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -72,15 +72,19 @@ def write_folder(folder: Path, model: LanguageModel) -> None:
 def write_adapter(folder: Path, model: LanguageModel) -> None:
     """The folder of a PEFT adapter."""
     assert isinstance(model.module, PeftModel)
-    whole = {name: as_saved(name, weight.cpu()) for name, weight in model.wholes(model.trainable())}
+    whole = {name: values.cpu().contiguous() for name, values in adapter_weights(model)}
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {adapter_key(name): values.contiguous() for name, values in whole.items()}, folder / ADAPTER
-        )
+        save_file(whole, folder / ADAPTER)
         model.module.peft_config["default"].save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
     dist.barrier()
+
+
+def adapter_weights(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+    """The weights of an adapter, whole, as its file has them. All processes iterate, in step."""
+    for name, weight in model.wholes(model.trainable()):
+        yield adapter_key(name), as_saved(name, weight).detach()
 
 
 def adapter_key(name: str) -> str:

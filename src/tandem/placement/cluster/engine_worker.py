@@ -18,10 +18,9 @@ from tandem.engine.vllm import VllmEngine
 from tandem.engine.weights import Offer
 from tandem.errors import RunError
 from tandem.model import load, tokenizer_of
-from tandem.model.load import DTYPES
 from tandem.placement.cluster.objects import ArrivedWeights, ObjectsRoad
 from tandem.placement.cluster.process import Process
-from tandem.placement.copied import described
+from tandem.placement.copied import vllm_engine
 
 
 class Abandoned(RunError):
@@ -38,14 +37,11 @@ class Progress:
 
 
 class EngineWorker(Process):
-    """`adapter` says whether the weights that come are those of an adapter alone."""
-
-    def __init__(self, log: str, run: Run, adapter: bool) -> None:
+    def __init__(self, log: str, run: Run) -> None:
         super().__init__(log, run)
         self._number = self._tokens = self._wanted = 0
         self._finished: list[tuple[int, Completion]] = []
         self._stop = threading.Event()
-        self.adapter = adapter
         self._engine: ReceivingEngine | VllmEngine | None = None
         self._meeting: Meeting | None = None
 
@@ -57,7 +53,7 @@ class EngineWorker(Process):
     def build(self) -> str:
         """Make the engine; returns the place of this process."""
         make = vllm if self.run.engine.kind == "vllm" else embedded
-        self._engine = make(self.run, self.adapter, self.log)
+        self._engine = make(self.run, self.log)
         return self.place()
 
     def update(self, offer: Offer, probe: tuple[int, ...]) -> tuple[float, ...]:
@@ -139,29 +135,17 @@ def reading_end(road: str, device: torch.device) -> Road:
             return FilesRoad()
 
 
-def embedded(run: Run, adapter: bool, log: Path) -> ReceivingEngine:
+def embedded(run: Run, log: Path) -> ReceivingEngine:
     dtype = run.engine.dtype or run.model.dtype
-    lora = run.model.lora if adapter else None
-    config = run.model.model_copy(update={"dtype": dtype, "lora": lora})
+    config = run.model.model_copy(update={"dtype": dtype})
     model = load(config, tokenizer_of(config), pick(run.device), seed=run.seed)
     return ReceivingEngine(model, FilesRoad(), run.sampling.slots, run.learner.room())
 
 
-def vllm(run: Run, adapter: bool, log: Path) -> VllmEngine:
-    """Of a model without a folder of its own, vLLM reads the configuration beside the worker's log."""
-    tokenizer = tokenizer_of(run.model)
-    model = load(run.model.model_copy(update={"lora": None}), tokenizer, pick("cpu"), seed=run.seed)
-    folder = run.model.path if adapter else str(described(model, log.with_suffix(".model")))
-    engine = VllmEngine(
-        str(folder),
-        run.engine,
-        dtype=DTYPES[run.engine.dtype or run.model.dtype],
-        tokenizer=tokenizer,
-        stop_tokens=model.stop_tokens,
-        lora=run.model.lora if adapter else None,
-        trust_remote_code=run.model.trust_remote_code,
-        fill=adapter,
-    )
+def vllm(run: Run, log: Path) -> VllmEngine:
+    base = run.model.model_copy(update={"lora": None})
+    model = load(base, tokenizer_of(base), pick("cpu"), seed=run.seed)
+    engine = vllm_engine(run, model, log.with_suffix(".model"))
     if run.engine.transfer != "broadcast":
         engine.connect("ipc" if run.engine.transfer == "ipc" else "files")
     return engine

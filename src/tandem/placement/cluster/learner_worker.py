@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch import Tensor
 
 from tandem.config.run import Run
@@ -17,10 +18,11 @@ from tandem.engine.probe import TOLERANCE, policy_logp, probe_tokens
 from tandem.engine.roads import FilesRoad, Meeting
 from tandem.engine.weights import ModelWeights, Offer, TensorSpec, Weights, spec_of
 from tandem.learner import Actor, Critic, Reference
-from tandem.model import load, tokenizer_of
+from tandem.model import LanguageModel, load, tokenizer_of
 from tandem.model.asleep import Asleep
 from tandem.model.compiled import compile_blocks
 from tandem.model.load import DTYPES
+from tandem.model.parallel.folder import adapter_weights
 from tandem.placement import ranks
 from tandem.placement.cluster import port
 from tandem.placement.cluster.broadcast import Sender
@@ -44,19 +46,22 @@ class Facts:
 
 
 class GatheredWeights:
-    """All weights of a model on many processes, adapters merged in; every process iterates, in step."""
+    """As `ModelWeights`, of a model on many processes; every process iterates, in step."""
 
-    adapter = None
-
-    def __init__(self, actor: Actor, dtype: torch.dtype) -> None:
-        self.actor, self.dtype = actor, dtype
-        self._specs = tuple(spec_of(name, tensor, dtype) for name, tensor in actor.weights())
+    def __init__(self, model: LanguageModel, dtype: torch.dtype) -> None:
+        self.model = model
+        self.adapter = model.module.peft_config["default"] if isinstance(model.module, PeftModel) else None
+        self.dtype = None if self.adapter else dtype
+        self._specs = tuple(spec_of(name, tensor, self.dtype) for name, tensor in self._whole())
 
     def specs(self) -> tuple[TensorSpec, ...]:
         return self._specs
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, tensor.to(self.dtype)) for name, tensor in self.actor.weights())
+        return ((name, tensor.to(self.dtype or tensor.dtype)) for name, tensor in self._whole())
+
+    def _whole(self) -> Iterator[tuple[str, Tensor]]:
+        return adapter_weights(self.model) if self.adapter else self.model.weights()
 
 
 class LearnerWorker(Process):
@@ -221,7 +226,7 @@ class LearnerWorker(Process):
 
     def _weights(self) -> Weights:
         if self.world > 1:
-            return GatheredWeights(self.actor, self.dtype)
+            return GatheredWeights(self.actor.model, self.dtype)
         return ModelWeights(self.actor.model, self.dtype)
 
     def _facts(self) -> Facts:

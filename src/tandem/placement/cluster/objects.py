@@ -1,13 +1,23 @@
 """The road between nodes that share no folder: weights as objects that Ray brings to whoever asks for them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from peft import PeftConfig
 from torch import Tensor
 
 from tandem.engine.roads import BUCKET, buckets
 from tandem.engine.weights import Offer, TensorSpec, Weights, checksum, verified
 from tandem.placement.cluster import port
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The tensors, some at a time in one object, and the settings of the adapter whose they are, if any."""
+
+    parts: Sequence[Any]
+    adapter: PeftConfig | None
 
 
 class ObjectsRoad:
@@ -17,7 +27,7 @@ class ObjectsRoad:
 
     def offer(self, version: int, weights: Weights, *, verify: bool = True) -> Offer:
         sums: dict[str, int] = {}
-        arriving, place = iter(weights), []
+        arriving, parts = iter(weights), []
         for bucket in buckets(weights.specs(), BUCKET):
             tensors: dict[str, Tensor] = {}
             for _ in bucket:
@@ -25,7 +35,7 @@ class ObjectsRoad:
                 tensors[name] = tensor.detach().cpu().contiguous()
                 if verify:
                     sums[name] = checksum(tensor)
-            place.append(port.share(tensors))
+            parts.append(port.share(tensors))
         return Offer(
             version=version,
             road="objects",
@@ -33,11 +43,11 @@ class ObjectsRoad:
             checksums=sums if verify else None,
             verify=verify,
             adapter=weights.adapter is not None,
-            place=place,
+            place=Stored(parts, weights.adapter),
         )
 
     def read(self, offer: Offer) -> Iterator[tuple[str, Tensor]]:
-        for shared in offer.place:
+        for shared in offer.place.parts:
             tensors: dict[str, Any] = port.fetch(shared)
             yield from tensors.items()
 
@@ -48,10 +58,8 @@ class ObjectsRoad:
 class ArrivedWeights:
     """What came by this road, to be sent on."""
 
-    adapter = None
-
     def __init__(self, offer: Offer) -> None:
-        self._offer = offer
+        self._offer, self.adapter = offer, offer.place.adapter
 
     def specs(self) -> tuple[TensorSpec, ...]:
         return self._offer.specs

@@ -6,7 +6,6 @@ from concurrent.futures import wait
 from pathlib import Path
 
 from tandem.config.run import Run
-from tandem.errors import ConfigError
 from tandem.placement.cluster.ahead import Line
 from tandem.placement.cluster.broadcast import Broadcasting, Reading
 from tandem.placement.cluster.carried import pack
@@ -63,11 +62,6 @@ class Placed:
             worker.place = worker.call("place").result(timeout_s)
         # No folder in the memory of one node is seen by another; of a folder that the user names we trust that it is.
         apart = self.cluster.nodes > 1 and self.run.engine.transfer == "auto"
-        if apart and self.run.engine.kind == "vllm" and self.run.model.lora is not None:
-            raise ConfigError(
-                "engine.kind=vllm reads adapters (model.lora) from files, and the processes are on several nodes: set "
-                "engine.transfer=files and engine.transfer_dir to a folder that all of them see"
-            )
         root = None if apart else str(self.root)
         address = self.learners.workers[0].call("meeting_point").result(timeout_s)
         self.learners.see_folders = self._are_seen(Path(self.run.run_dir).absolute())
@@ -114,10 +108,9 @@ class Placed:
         return self.cluster.spawn(LearnerWorker, f"learner {rank}", rank, self._learner, 1, self.run, rank)
 
     def _spawn_engine(self, number: int) -> Worker:
-        adapter = self.run.model.lora is not None and self.run.placement.learners == 1
         # One thread works, the other says how far it is.
         return self.cluster.spawn(
-            EngineWorker, f"engine {number}", self._bundle(number), self._engine, 2, self.run, adapter
+            EngineWorker, f"engine {number}", self._bundle(number), self._engine, 2, self.run
         )
 
     def _lacks(self, number: int) -> str:
