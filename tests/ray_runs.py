@@ -30,6 +30,17 @@ SMALL = {
     "journal": {"samples": 0, "sinks": ["jsonl"]},
 }
 """Over the recipe of `small_recipe`: with a reference and evaluation."""
+IMPATIENT_RAY = {"RAY_NUM_REDIS_GET_RETRIES": "2"}
+"""Each of which takes a second; it tries as often where it is refused."""
+CALLER = """
+import sys, ray
+try:
+    ray.init(address=sys.argv[1], log_to_driver=False)
+except ConnectionError:
+    print("refused")
+else:
+    print("in")
+"""
 
 
 def small(folder: Path, **more) -> list[str]:
@@ -65,6 +76,15 @@ def pids(folder: Path, role: str) -> list[int]:
     for log in sorted((folder / "logs").glob(f"{role}-*.log")):
         found += [int(match[3]) for match in PID.finditer(log.read_text())]
     return found
+
+
+def caller(address: str, environ: dict[str, str]) -> str:
+    """What a process hears that calls the Ray at this address: in, or refused."""
+    command = [sys.executable, "-c", CALLER, address]
+    called = subprocess.run(
+        command, env=environ | IMPATIENT_RAY, capture_output=True, text=True, timeout=60, check=True
+    )
+    return called.stdout.strip()
 
 
 def wait_until(what: str, holds: Any, seconds: float = 90.0) -> None:

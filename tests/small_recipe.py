@@ -46,7 +46,8 @@ def recipe(folder: Path, **changes: Any) -> Path:
 def tandem(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     command = [sys.executable, "-m", "tandem", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120, **options)
+    options = {"env": environment(), **options}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:

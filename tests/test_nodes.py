@@ -15,8 +15,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ray_runs import RECIPES, SMALL, JoinedNodes, end, small, steps_done, trajectory, wait_until
-from small_recipe import recipe
+from ray_runs import (
+    IMPATIENT_RAY,
+    RECIPES,
+    SMALL,
+    JoinedNodes,
+    caller,
+    end,
+    small,
+    steps_done,
+    trajectory,
+    wait_until,
+)
+from small_recipe import recipe, tandem
 from tandem.checkpoint import newest
 from tandem.config import load
 from tandem.config.placement import Placement
@@ -189,6 +200,23 @@ def test_a_cluster_joined_by_address_runs_its_recipe(nodes, tmp_path, more):
     gaps = [row["rollout/logp_gap_max"] for row in rows]
     assert gaps[0] < 1e-4 < min(gaps[1:]), "then the answers are of the version before"
     assert [row["rollout/lag_max"] for row in rows] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(("changed", "said"), [({}, "in"), ({"RAY_AUTH_MODE": "disabled"}, "refused")])
+def test_only_who_has_the_token_is_let_into_the_cluster(nodes, changed, said):
+    assert caller(nodes.address, nodes.environ | changed) == said
+
+
+def test_a_run_with_another_token_ends_with_what_to_do(nodes, tmp_path):
+    (tmp_path / "token").write_text("b" * 64)
+    environ = nodes.environ | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"), **IMPATIENT_RAY}
+    placed = {"kind": "apart", "address": nodes.address}
+    ended = tandem("train", recipe(tmp_path, placement=placed), env=environ)
+    assert ended.returncode == 2
+    assert (
+        f"placement.address={nodes.address}: Ray cannot be reached or started: Failed to connect" in ended.stderr
+    )
+    assert "the same token must be set; see docs/cluster.md" in ended.stderr
 
 
 def test_learners_need_not_see_the_run_folder(tmp_path):

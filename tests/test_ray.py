@@ -1,6 +1,7 @@
 """Roles on processes that Ray placed: the same run as in one process, whatever dies on the way."""
 
 import re
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ray_runs import (
     RECIPES,
     SMALL,
     alive,
+    caller,
     end,
     family,
     hanging,
@@ -22,7 +24,7 @@ from ray_runs import (
     trajectory,
     wait_until,
 )
-from small_recipe import recipe, start
+from small_recipe import environment, recipe, start
 from tandem.checkpoint import newest
 from tandem.config import load
 from tandem.engine import Request, SamplingParams
@@ -44,6 +46,7 @@ from tiny_models import network
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 
 RAY = {"cpus": 1}
+GCS = re.compile(r"--gcs-address=(\S+)")
 STEPS = 20
 LEARNER = {"optimizer": {"lr": 1e-3}, "tokens_per_forward": 48}
 """Each group is a unit of the reference's work."""
@@ -204,6 +207,11 @@ def test_a_killed_driver_leaves_nothing_and_a_killed_learner_a_checkpoint(tmp_pa
         "nobody else reaches a port of the run"
     )
     assert not [p for p in processes if "dashboard" in p.name()]
+    driver.send_signal(signal.SIGSTOP)
+    (address,) = {found for p in processes for found in GCS.findall(" ".join(p.cmdline()))}
+    here = environment() | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    assert caller(address, here | {"RAY_AUTH_MODE": "disabled"}) == "refused"
+    assert caller(address, here | {"RAY_AUTH_MODE": "token"}) == "in"
     end(driver.pid)
     driver.wait()
     wait_until("all processes are gone", lambda: not alive(processes[1:]), 30)
