@@ -24,7 +24,7 @@ from ray_runs import (
     trajectory,
     wait_until,
 )
-from small_recipe import environment, recipe, start
+from small_recipe import environment, recipe, start, tandem
 from tandem.checkpoint import newest
 from tandem.config import load
 from tandem.engine import Request, SamplingParams
@@ -310,23 +310,40 @@ TINY = {
 }
 
 
-WARM = {"node": {"warmup.steps": 20, "warmup.batch": 8}, "decoupled": {"warmup": "null"}}
-
-
-@pytest.mark.parametrize("name", WARM)
-def test_recipes_of_one_machine_run(tmp_path, name):
-    """Through the warm-up, which is made in the driver and taken over by the learners; with one of these, a run with
-    lag too is that of one process."""
-    keys = TINY | WARM[name]
-    run = load(RECIPES / f"{name}.yaml", small(tmp_path, **keys))
+def whole_recipe(name: str, folder: Path, **keys) -> list[dict]:
+    """The trajectory of a recipe that ran through, held to what every run with lag shows."""
+    run = load(RECIPES / f"{name}.yaml", small(folder, **TINY | keys))
     train(run, Launch(recipe=name))
-    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    steps = [row for row in rows if "reward/mean" in row]
-    assert [row["version"] for row in steps] == [1, 2, 3]
-    assert max(row["rollout/lag_max"] for row in steps) == run.sampling.max_lag > 0
-    assert all("timing/non_overlap_rollout" in row for row in steps)
-    assert (tmp_path / "run" / "model" / "config.json").exists()
-    if run.placement.learners == 1:
-        whole = load(RECIPES / f"{name}.yaml", [*small(tmp_path / "whole", **keys), "placement.kind=inline"])
-        train(whole, Launch(recipe=name))
-        assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole" / "run")
+    rows = [row for row in read_metrics(folder / "run" / "metrics.jsonl") if "reward/mean" in row]
+    assert [row["version"] for row in rows] == list(range(1, run.steps + 1))
+    assert max(row["rollout/lag_max"] for row in rows) == run.sampling.max_lag > 0
+    assert all("timing/non_overlap_rollout" in row for row in rows)
+    assert (folder / "run" / "model" / "config.json").exists()
+    return trajectory(folder / "run")
+
+
+def test_the_recipe_of_one_machine_is_the_run_of_one_process(tmp_path):
+    """Through the warm-up, which is made in the driver and taken over by the learner; with lag, too."""
+    warm = {"warmup.steps": 20, "warmup.batch": 8}
+    ours = whole_recipe("node", tmp_path, **warm)
+    assert whole_recipe("node", tmp_path / "whole", **warm, **{"placement.kind": "inline"}) == ours
+
+
+def test_sampler_and_trainer_of_the_decoupled_recipe_are_killed_without_loss(tmp_path):
+    """The run goes on with another sampler, and by the same command with other trainers."""
+    keys = TINY | {"warmup": "null", "steps": 10, "sampling.max_answer_tokens": 48}
+    whole = whole_recipe("decoupled", tmp_path, **keys)
+    part = tmp_path / "part" / "run"
+    command = ("train", RECIPES / "decoupled.yaml", *small(tmp_path / "part", **keys))
+    driver = start(*command)
+    wait_until("two steps are done", lambda: steps_done(part) >= 2)
+    end(pids(part, "engine")[-1])
+    wait_until("four steps are done", lambda: steps_done(part) >= 4)
+    end(pids(part, "learner")[-1])
+    _, errors = driver.communicate(timeout=60)
+    assert driver.returncode == 1 and "Traceback" not in errors.partition("its log")[0], errors
+    assert "goes on from its last checkpoint" in " ".join(errors.split()), errors
+    assert len(set(pids(part, "engine"))) == 2, "another took the sampler's place"
+    again = tandem(*command)
+    assert again.returncode == 0, again.stderr
+    assert trajectory(part) == whole
