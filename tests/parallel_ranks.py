@@ -361,7 +361,9 @@ def offloaded(rank: int, world: int, address: str, place: str) -> None:
     actor = actor_of(case.run(folder), load_sharded(case.model(folder), new_tokenizer(), grid))
     assert all(weight.device.type == "cpu" for weight in actor.model.trainable().values())
     actor.update([part, part], 0.05)
-    save_file({name: weight.cpu() for name, weight in actor.model.weights()}, folder / "offloaded.safetensors")
+    save_file(
+        {name: weight.cpu() for name, weight in actor.model.weights()}, folder / "offloaded.safetensors"
+    )
 
 
 def export_while_training(folder: Path) -> None:

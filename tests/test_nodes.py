@@ -214,7 +214,8 @@ def test_a_run_with_another_token_ends_with_what_to_do(nodes, tmp_path):
     ended = tandem("train", recipe(tmp_path, placement=placed), env=environ)
     assert ended.returncode == 2
     assert (
-        f"placement.address={nodes.address}: Ray cannot be reached or started: Failed to connect" in ended.stderr
+        f"placement.address={nodes.address}: Ray cannot be reached or started: Failed to connect"
+        in ended.stderr
     )
     assert "the same token must be set; see docs/cluster.md" in ended.stderr
 

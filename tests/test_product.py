@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, silu
 
+from tandem import device
 from tandem.device import wide_vectors
 from tandem.engine import EmbeddedEngine, Request, SamplingParams
 from tandem.engine.random import key
@@ -27,6 +28,12 @@ def exact(x, weight, bias=None):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def on_every_maker(monkeypatch):
+    """Also where PyTorch's own products are as good."""
+    monkeypatch.setattr(products, "idle_vectors", lambda: True)
 
 
 @pytest.fixture
@@ -89,6 +96,13 @@ def test_operations_joined_with_a_product(rows):
     summed = added(residual, inner.float(), back)
     torch.testing.assert_close(summed.double(), kept + exact(inner, back), rtol=1e-5, atol=1e-3)
     assert torch.equal(residual, kept)
+
+
+@pytest.mark.parametrize(("maker", "idle"), [("GenuineIntel", False), ("AuthenticAMD", True)])
+def test_vectors_that_pytorch_uses_itself_are_left_to_it(maker, idle, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {maker}\n")
+    monkeypatch.setattr(device, "CPUS", tmp_path / "cpuinfo")
+    assert device.idle_vectors.__wrapped__() == idle
 
 
 def test_plain_layers_are_quickened_and_others_left_alone():

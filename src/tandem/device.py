@@ -2,13 +2,19 @@
 
 import ctypes
 import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tandem.errors import ConfigError
+
+CPUS = Path("/proc/cpuinfo")
+INTEL = "GenuineIntel"
 
 
 def pick(name: str) -> torch.device:
@@ -86,6 +92,13 @@ def capture(step: Callable[[], None], state: Sequence[Tensor], pool: tuple[int, 
 def wide_vectors() -> bool:
     """The CPU has AVX-512 and PyTorch was built with oneDNN."""
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+
+
+@cache
+def idle_vectors() -> bool:
+    """PyTorch's own float32 products leave the CPU's AVX-512 idle: MKL takes it on Intel's CPUs only."""
+    told = CPUS.read_text(encoding="utf-8") if CPUS.is_file() else platform.processor()
+    return wide_vectors() and INTEL not in told
 
 
 def set_threads(threads: int | None) -> int:

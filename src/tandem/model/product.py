@@ -1,8 +1,9 @@
 """Products with weights on a CPU: by oneDNN where PyTorch's own would leave a part of the CPU idle.
 
-PyTorch multiplies float32 matrices with MKL, which takes its AVX-512 kernels on one maker's CPUs only. oneDNN, which
-PyTorch carries for short types, takes them on all. It also takes weights that were laid out before, as MKL does at
-every product anew, and then keeps several threads busy with the few rows of a decoding step. Both compute in float32.
+PyTorch multiplies float32 matrices with MKL, which takes its AVX-512 kernels on Intel's CPUs only, where it is the
+faster one. oneDNN, which PyTorch carries for short types, takes them on all. It also takes weights that were laid out
+before, as MKL does at every product anew, and then keeps several threads busy with the few rows of a decoding step.
+Both compute in float32.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.functional import linear, silu
 
-from tandem.device import wide_vectors
+from tandem.device import idle_vectors
 
 LEAST = 2**21
 """Multiplications below which a call of oneDNN costs more than it saves."""
@@ -53,7 +54,7 @@ class Linear(nn.Linear):
 
 def quicken(network: nn.Module) -> None:
     """Give every plain linear layer of a network on this CPU the faster product; nothing where there is none."""
-    if wide_vectors():
+    if idle_vectors():
         for layer in network.modules():
             if type(layer) is nn.Linear:
                 layer.__class__ = Linear
@@ -63,7 +64,7 @@ def laid_out(weight_OI: Tensor, rows: int) -> Tensor:
     """A copy of the weight for many products with about so many rows, where that is faster; else the weight itself.
     The copy knows nothing of later changes."""
     plain = type(weight_OI) in (Tensor, nn.Parameter) and weight_OI.device.type == "cpu"
-    parallel = wide_vectors() or (torch.get_num_threads() > 1 and torch.backends.mkldnn.is_available())
+    parallel = idle_vectors() or (torch.get_num_threads() > 1 and torch.backends.mkldnn.is_available())
     if not plain or weight_OI.dtype != torch.float32 or rows < FEW or not parallel:
         return weight_OI
     return torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), rows)
@@ -100,7 +101,7 @@ def _quick(x: Tensor, weight_OI: Tensor) -> bool:
     if x.dtype != torch.float32 or weight_OI.dtype != torch.float32 or x.device.type != "cpu":
         return False
     plain = type(x) is Tensor and type(weight_OI) in (Tensor, nn.Parameter)
-    return plain and x.numel() * len(weight_OI) >= LEAST and wide_vectors()
+    return plain and x.numel() * len(weight_OI) >= LEAST and idle_vectors()
 
 
 def _onednn(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
