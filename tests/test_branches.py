@@ -6,7 +6,7 @@ import torch
 from conftest import random_model
 from tandem.config.sections import Learner
 from tandem.learner import micro_batches
-from tandem.model import token_logprobs
+from tandem.model import attention, token_logprobs
 from tandem.model.attention import Branches, Rows, lay
 from tandem.types import pad
 
@@ -60,8 +60,13 @@ def both(model, given):
     return out
 
 
+@pytest.mark.parametrize("written_out", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shared_prompts_leave_logprobs_entropy_and_gradients_unchanged(shape):
+def test_shared_prompts_leave_logprobs_entropy_and_gradients_unchanged(shape, written_out, monkeypatch):
+    """Whether attention of the answers is written out or left to PyTorch's kernel."""
+    seen, choose = [], attention.written_out
+    monkeypatch.setattr(attention, "SCORES", attention.SCORES if written_out else 0)
+    monkeypatch.setattr(attention, "written_out", lambda *a: seen.append(choose(*a)) or seen[-1])
     given = batch(*SHAPES[shape])
     assert isinstance(lay(given["length_B"], given["prompt_length_B"], given["group_B"]), Branches)
     model = random_model()
@@ -70,6 +75,7 @@ def test_shared_prompts_leave_logprobs_entropy_and_gradients_unchanged(shape):
     torch.testing.assert_close(shared[1], plain[1], atol=1e-5, rtol=1e-5)
     for name, gradient in plain[2].items():
         torch.testing.assert_close(shared[2][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+    assert set(seen) == {written_out}
 
 
 def test_rows_of_groups_may_stand_in_any_order():
@@ -151,10 +157,10 @@ def test_document_masks_give_the_numbers_of_padded_rows(shape):
 def test_compiled_document_masks_give_the_gradient_of_padded_rows(shape):
     given = {name: tensor.cuda() for name, tensor in batch(*SHAPES[shape]).items()}
     gradients = []
-    for attention in ("padded", "documents"):
+    for kind in ("padded", "documents"):
         model = random_model()
         model.network.cuda()
-        logp_BT, _ = token_logprobs(model, **given, temperature=0.7, logits_bytes=2**30, attention=attention)
+        logp_BT, _ = token_logprobs(model, **given, temperature=0.7, logits_bytes=2**30, attention=kind)
         logp_BT.sum().backward()
         gradients.append([p.grad for p in model.network.parameters()])
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-3, rtol=1e-2)

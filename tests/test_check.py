@@ -296,6 +296,15 @@ def test_the_estimate_of_activations_is_near_what_the_backward_pass_keeps(tmp_pa
     tokens_BT = torch.randint(0, 200, (rows, length))
     mask_BT = torch.zeros(rows, length, dtype=torch.bool)
     mask_BT[:, -1] = True
+    lengths = torch.tensor([length] * (rows - 1) + [length - 1])
+    mask_BT[-1, -1] = False
+    measured = kept_bytes(model, tokens_BT, mask_BT, lengths)
+    estimate = int(lengths.sum()) * shape.layers * shape.activations * 4
+    assert 0.8 < measured / estimate < 1.2, measured / estimate
+
+
+def kept_bytes(model, *batch, **groups) -> int:
+    """What a forward pass keeps for the backward pass, but for weights."""
     kept: dict[int, int] = {}
     held = []
 
@@ -305,13 +314,37 @@ def test_the_estimate_of_activations_is_near_what_the_backward_pass_keeps(tmp_pa
         return tensor
 
     weights = {p.untyped_storage().data_ptr() for p in model.network.parameters()}
-    lengths = torch.tensor([length] * (rows - 1) + [length - 1])
-    mask_BT[-1, -1] = False
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        token_logprobs(model, tokens_BT, mask_BT, lengths, temperature=1.0, logits_bytes=2**30)
-    measured = sum(size for place, size in kept.items() if place not in weights)
-    estimate = int(lengths.sum()) * shape.layers * shape.activations * 4
-    assert 0.8 < measured / estimate < 1.2, measured / estimate
+        token_logprobs(model, *batch, **groups, temperature=1.0, logits_bytes=2**30)
+    return sum(size for place, size in kept.items() if place not in weights)
+
+
+def test_the_estimate_counts_the_probabilities_that_answers_to_one_prompt_keep(tmp_path):
+    """They are a fourth of all here."""
+    model = language_model("qwen2_grouped")
+    model.save(tmp_path / "model")
+    prompt, answer, answers = 40, 64, 8
+    run = load(
+        recipe(
+            tmp_path,
+            model={"path": str(tmp_path / "model"), "new": None},
+            sampling={"answers_per_prompt": answers, "max_answer_tokens": answer},
+        ),
+        [f"learner.tokens_per_forward={prompt + answers * answer}"],
+    )
+    shape = footprint.shape_of(run.model, model.tokenizer)
+    mask_BT = (torch.arange(prompt + answer) >= prompt).repeat(answers, 1)
+    tokens_BT = torch.randint(0, 200, mask_BT.shape)
+    tokens_BT[:, :prompt] = tokens_BT[0, :prompt]
+    groups = {
+        "prompt_length_B": torch.full((answers,), prompt),
+        "group_B": torch.zeros(answers, dtype=torch.long),
+    }
+    measured = kept_bytes(model, tokens_BT, mask_BT, torch.full((answers,), prompt + answer), **groups)
+    update = footprint.memory(run, shape, prompt, None).update
+    scores = shape.layers * footprint.probabilities(run, shape, answers * answer * (prompt + answer))
+    assert scores > update["activations"] / 5
+    assert 0.8 < (measured - answers * answer * shape.vocabulary * 4) / update["activations"] < 1.2
 
 
 def test_the_estimate_of_the_disk_is_what_the_run_folder_holds(tmp_path, quiet):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -44,6 +45,22 @@ def allocated_bytes(device: torch.device) -> int:
 def free_bytes(device: torch.device) -> int | None:
     """Memory that the accelerator has left; None where tensors lie in the memory of the host."""
     return None if device.type == "cpu" else int(torch.accelerator.get_memory_info(device)[0])
+
+
+def free_host_bytes() -> int:
+    """Host memory that can still be taken: what the machine has, or less where a control group sets a limit."""
+    available = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+    except OSError:
+        return available
+    if limit == "max":
+        return available
+    # File cache that nobody uses counts as used and is given back when memory is short.
+    return min(available, int(limit) - used + int(stat["inactive_file"]))
 
 
 def give_back(device: torch.device) -> None:

@@ -18,7 +18,7 @@ def import_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Threads that wait for each other spin only briefly: beside another busy process, long spinning starves both.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    # Imports make a million objects that stay: to look for garbage among them takes a fifth of the time.
+    # Imports make a million objects that stay: to look for garbage among them, now or later, takes a fifth of the time.
     gc.disable()
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as advice
@@ -28,6 +28,7 @@ def import_libraries() -> None:
     enable_progress_bars()
     import tandem.model  # noqa: F401
 
+    gc.freeze()
     gc.enable()
 
 

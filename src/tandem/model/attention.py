@@ -15,6 +15,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from tandem.errors import ConfigError
 
 NAME = "tandem"
+SCORES = 20 * 2**20
+"""Bytes of a layer's probabilities up to which a CPU is faster when it writes them out than by PyTorch's kernel for
+masks: they are still in its cache when the next product needs them."""
 
 
 class Layout(Protocol):
@@ -109,19 +112,35 @@ class Branches:
         cut = len(self.trunk.position_N)
         trunk_NHD = self.trunk.attend(layer, q_HND[:, :cut], k_HND[:, :cut], v_HND[:, :cut], scale)
         q_BHAD = self.leaves.square(q_HND[:, cut:])
-        k_BHCD, v_BHCD = (
-            torch.cat([self.trunk.square(x[:, :cut])[self.prompt_B], self.leaves.square(x[:, cut:])], dim=2)
-            for x in (k_HND, v_HND)
-        )
-        leaves_BHAD = scaled_dot_product_attention(
-            q_BHAD,
-            k_BHCD,
-            v_BHCD,
-            attn_mask=self.bias_BAC[:, None].to(q_BHAD.dtype),
-            scale=scale,
-            enable_gqa=q_HND.shape[0] != k_HND.shape[0],
-        )
+        k_BKCD, v_BKCD = (self._seen(x[:, :cut], x[:, cut:]) for x in (k_HND, v_HND))
+        leaves_BHAD = biased(q_BHAD, k_BKCD, v_BKCD, self.bias_BAC, scale)
         return torch.cat([trunk_NHD, self.leaves.flat(leaves_BHAD)])
+
+    def _seen(self, prompts: Tensor, answers: Tensor) -> Tensor:
+        """Keys or values for each answer, [B, K, C, D]: its prompt's, then its own."""
+        of_prompt = self.trunk.square(prompts).index_select(0, self.prompt_B)
+        return torch.cat([of_prompt, self.leaves.square(answers)], dim=2)
+
+
+def biased(q_BHAD: Tensor, k_BKCD: Tensor, v_BKCD: Tensor, bias_BAC: Tensor, scale: float) -> Tensor:
+    """Attention with the bias added to the scores, [B, H, A, D]; several heads share a key head."""
+    rows, heads, columns, width = q_BHAD.shape
+    shared = heads // k_BKCD.shape[1]
+    if not written_out(q_BHAD, heads * bias_BAC.numel()):
+        bias_B1AC = bias_BAC[:, None].to(q_BHAD.dtype)
+        return scaled_dot_product_attention(
+            q_BHAD, k_BKCD, v_BKCD, attn_mask=bias_B1AC, scale=scale, enable_gqa=shared > 1
+        )
+    q_BKSD = (q_BHAD * scale).reshape(rows, -1, shared * columns, width)
+    score_BKSC = q_BKSD @ k_BKCD.transpose(-1, -2)
+    prob_BHAC = (score_BKSC.view(rows, heads, columns, -1) + bias_BAC[:, None]).softmax(-1)
+    return (prob_BHAC.view_as(score_BKSC) @ v_BKCD).view_as(q_BHAD)
+
+
+def written_out(q_BHAD: Tensor, scores: int) -> bool:
+    """Whether so many probabilities are computed as such."""
+    plain = q_BHAD.device.type == "cpu" and q_BHAD.dtype == torch.float32
+    return plain and scores * q_BHAD.element_size() <= SCORES
 
 
 def lay(

@@ -18,7 +18,7 @@ from tandem.config import difference, load
 from tandem.config.run import Run
 from tandem.data.prompts import PromptSet, load_prompts
 from tandem.data.round_trip import check_round_trip
-from tandem.device import captures, describe, free_bytes, pick, set_threads
+from tandem.device import captures, describe, free_bytes, free_host_bytes, pick, set_threads
 from tandem.errors import ConfigError, DataError, RunError
 from tandem.journal import visible
 from tandem.journal.sinks import check_sinks
@@ -231,7 +231,7 @@ def look_at_memory(bench: Bench) -> list[Line]:
     except ConfigError:
         raise NotChecked("layout") from None
     need = footprint.memory(run, shape(bench), bench.longest_prompt(), reference, *axes)
-    on_device, on_host = free_bytes(device), footprint.host_bytes()
+    on_device, on_host = free_bytes(device), free_host_bytes()
     if run.needs_critic:
         critic = critic_shape(run, shape(bench), tokenizer_of_all(bench))
         need = with_critic(need, run, critic, bench.longest_prompt(), critics)

@@ -3,9 +3,7 @@
 import math
 import sys
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -15,7 +13,7 @@ from tandem.config.run import Run
 from tandem.config.sections import Model, Optimizer
 from tandem.device import pick
 from tandem.model import describe
-from tandem.model.attention import NAME
+from tandem.model.attention import NAME, SCORES
 from tandem.model.load import DTYPES, with_adapter
 from tandem.model.new import new_network, new_tokenizer
 from tandem.model.product import FEW
@@ -348,17 +346,24 @@ def update(
     layer = shape.kept(axes)
     parts = math.ceil(run.rollouts_per_step * longest / run.learner.updates_per_step / axes.data / tokens)
     layers = kept_layers(schedule, shape, axes, parts)
-    kept = layers * layer
+    scores = probabilities(run, shape, answers * longest) / (axes.tensor * axes.context)
+    kept = layers * (tokens * layer * word + scores)
     if run.learner.checkpointing:
-        kept = layers * shape.hidden / (axes.tensor * axes.context) + layer
+        kept = tokens * (layers * shape.hidden / (axes.tensor * axes.context) + layer) * word + scores
     copies = GRAPH_COPIES if axes.tensor > 1 or run.algorithm.entropy else LOGIT_COPIES
     found = {
         "gradients": held(shape, axes)[1] * word,
-        "activations": int(tokens * kept * word),
+        "activations": int(kept),
         "logits": min(logits, run.learner.logits_mb * MIB) * copies,
     }
     whole = gathered(shape, axes, word)
     return found | ({"gathered weights": whole} if whole else {})
+
+
+def probabilities(run: Run, shape: Shape, pairs: int) -> int:
+    """Bytes that a layer keeps of so many (query, key) pairs of answers, where a CPU writes them out."""
+    size = shape.heads * pairs * FLOAT
+    return size if run.model.dtype == "fp32" and size <= SCORES and pick(run.device).type == "cpu" else 0
 
 
 def kept_layers(schedule: str, shape: Shape, axes: Axes, parts: int) -> float:
@@ -369,22 +374,6 @@ def kept_layers(schedule: str, shape: Shape, axes: Axes, parts: int) -> float:
     if schedule == "1f1b":
         passes = min(passes, ranks if chunks == 1 else 2 * (ranks - 1) + (chunks - 1) * ranks + 1)
     return passes * axes.layers(shape.layers) / chunks if ranks > 1 else shape.layers
-
-
-def host_bytes() -> int:
-    """Host memory that can still be taken: what the machine has, or less where a control group sets a limit."""
-    available = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-    except OSError:
-        return available
-    if limit == "max":
-        return available
-    # File cache that nobody uses counts as used and is given back when memory is short.
-    return min(available, int(limit) - used + int(stat["inactive_file"]))
 
 
 def several(count: int, noun: str) -> str:

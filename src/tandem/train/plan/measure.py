@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tandem.config.run import Run
-from tandem.device import set_threads
+from tandem.device import free_host_bytes, set_threads
 from tandem.engine import EmbeddedEngine, Request, SamplingParams
 from tandem.model import LanguageModel, token_logprobs
 from tandem.model.attention import NAME
@@ -49,7 +49,7 @@ def measured(run: Run, lengths: Lengths) -> Rates:
         near=LINK,
         far=LINK,
         host=best.bytes_per_s,
-        usable=USABLE * footprint.host_bytes(),
+        usable=USABLE * free_host_bytes(),
         host_memory=0.0,
         origin=f"measured on this machine with {threads} threads, large products alone: the least that a step takes",
     )
