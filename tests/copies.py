@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from tandem.engine.probe import probe_of
 from tandem.engine.roads import BroadcastRoad, FilesRoad, MemoryRoad
 from tandem.engine.weights import ModelWeights, TensorSpec
 from tandem.model import LanguageModel
@@ -45,6 +46,13 @@ def adapted(seed: int, base: int = 0) -> LanguageModel:
             if "lora_" in name:
                 weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
     return LanguageModel(module.eval(), model.tokenizer, "adapted")
+
+
+def check_probe(engine: Any, model: LanguageModel, version: int, dtype: torch.dtype) -> float:
+    """Hold an engine, which computes in `dtype`, to what a model says; the largest difference."""
+    assert engine.version == version
+    probe = probe_of(model, dtype)
+    return probe.check("the engine", version, engine.score([probe.tokens])[0])
 
 
 class Changed(ModelWeights):

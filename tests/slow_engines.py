@@ -21,7 +21,7 @@ def parcel(version: int) -> Parcel:
     offer = Offer(
         version=version, road="memory", specs=(), checksums=None, verify=False, adapter=False, place=None
     )
-    return Parcel(offer, (), (), 0.0)
+    return Parcel(offer, None)
 
 
 class SlowEngine:

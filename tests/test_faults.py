@@ -2,6 +2,7 @@
 
 import errno
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from tandem.checkpoint import lock, newest
 from tandem.config import preset_names
+from tandem.engine import EmbeddedEngine
 from tandem.errors import ConfigError, RunError
 from tandem.journal import read_metrics
 from tandem.placement import inline
@@ -148,15 +150,45 @@ def test_a_sampler_that_means_something_else_by_a_logprob_is_found_before_the_fi
     honest = inline.sampling_params
 
     def hotter(*given):
-        import dataclasses
-
-        return dataclasses.replace(honest(*given), temperature=1.1)
+        return replace(honest(*given), temperature=1.1)
 
     monkeypatch.setattr(inline, "sampling_params", hotter)
     run = make_run(random_folder)
     with pytest.raises(RunError, match=r"sampler and trainer disagree.*its temperature"):
         train(run, quiet)
     assert not rows(run)
+
+
+def of_the_draw(done):
+    return replace(done, policy_logp=done.logp)
+
+
+def wrong_later(done):
+    return replace(done, policy_logp=done.policy_logp[:1] + tuple(p - 0.5 for p in done.policy_logp[1:]))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "cut", "said", "cause"),
+    [
+        ({}, 1, lambda done: done, r"from the first token on: it saw another prompt \(a template"),
+        ({"top_k": 5}, 0, of_the_draw, "it is truncation: .* sampling.top_k"),
+        ({}, 0, wrong_later, "the first token is right, so its cache is not"),
+    ],
+)
+def test_what_an_engine_does_otherwise_is_named(
+    random_folder, make_run, quiet, monkeypatch, sampling, cut, said, cause
+):
+    """It drops the beginning of a prompt, or says other log-probabilities than those of the policy."""
+    generate = EmbeddedEngine.generate
+
+    def otherwise(self, requests, params, *, poll, on_done):
+        asked = [replace(request, tokens=request.tokens[cut:]) for request in requests]
+        done = generate(self, asked, params, poll=poll, on_done=lambda i, c: on_done(i, said(c)))
+        return [said(completion) for completion in done]
+
+    monkeypatch.setattr(EmbeddedEngine, "generate", otherwise)
+    with pytest.raises(RunError, match=f"sampler and trainer disagree.*{cause}"):
+        train(make_run(random_folder, sampling=sampling), quiet)
 
 
 def test_prompts_and_answers_that_cannot_fit_are_refused_before_the_first_step(

@@ -28,6 +28,7 @@ from small_recipe import environment, recipe, start, tandem
 from tandem.checkpoint import newest
 from tandem.config import load
 from tandem.engine import Request, SamplingParams
+from tandem.engine.probe import Probe
 from tandem.engine.receiver import ReceivingEngine
 from tandem.engine.roads import FilesRoad
 from tandem.errors import ConfigError, RunError
@@ -37,7 +38,6 @@ from tandem.model.new import new_tokenizer
 from tandem.placement.cluster.build import weights_root
 from tandem.placement.cluster.learners import InUnits, Learners
 from tandem.placement.cluster.lost import EnginesLost
-from tandem.placement.cluster.parcel import Parcel
 from tandem.train.interrupt import Interrupted
 from tandem.train.run import Launch, train
 from tandem.train.session import Session
@@ -153,13 +153,13 @@ def test_apart_is_the_run_of_one_process_though_an_engine_dies_and_another_hangs
 def test_several_engines_and_learners_go_on_from_one_process_and_it_from_them(inline, tmp_path, monkeypatch):
     """In one process, with two engines and two learners that split the tokens, with two pairs that share their memory,
     and in one process again. Every engine is held to the log-probabilities that the learners compute together."""
-    checked, check = [], Parcel.check
+    checked, check = [], Probe.check
 
-    def watched(self, engine, scores):
-        checked.append((self.offer.version, len(self.logp), len(scores)))
-        check(self, engine, scores)
+    def watched(self, engine, version, scores):
+        checked.append((version, len(self.logp), len(scores)))
+        return check(self, engine, version, scores)
 
-    monkeypatch.setattr(Parcel, "check", watched)
+    monkeypatch.setattr(Probe, "check", watched)
     several = {"placement": {"kind": "apart", **RAY, "engines": 2, "learners": 2}}
     several["learner"] = LEARNER | {"layout": {"context": 2}}
     pairs = several | {
@@ -174,6 +174,13 @@ def test_several_engines_and_learners_go_on_from_one_process_and_it_from_them(in
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
         assert row["kl/reference"] == pytest.approx(other["kl/reference"], abs=1e-6)
     assert checked[:2] == [(0, 31, 31)] * 2, "both engines, before the first answer"
+
+
+def test_an_engine_of_another_type_agrees_as_far_as_that_allows(tmp_path):
+    """It computes in bfloat16, the learner in float32: more than float32 alone would allow."""
+    rows = run_in(tmp_path, steps=2, placement={"kind": "apart", **RAY}, engine={"dtype": "bf16"})
+    gaps = [row["rollout/logp_gap_max"] for row in rows if "grad_norm" in row]
+    assert len(gaps) == 2 and 1e-4 < min(gaps) <= max(gaps) < 0.1
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from copies import (
     Lying,
     adapted,
     beside,
+    check_probe,
     flip,
     flip_byte,
     group,
@@ -27,7 +29,6 @@ from small_recipe import environment
 from tandem.engine import EmbeddedEngine, Request, SamplingParams, weights
 from tandem.engine import roads as roads_module
 from tandem.engine.ipc import IpcRoad, joined
-from tandem.engine.probe import check_probe
 from tandem.engine.receiver import ReceivingEngine
 from tandem.engine.roads import BroadcastRoad, FilesRoad, MemoryRoad, buckets
 from tandem.engine.weights import ModelWeights, Offer, checksum, named_tensors
@@ -166,6 +167,24 @@ def test_a_tensor_that_never_comes_is_named(kind, files):
     same(engine, policy(0))
 
 
+@pytest.mark.parametrize("kind", ["ipc", "broadcast", "broadcast by Ray"])
+def test_a_sender_whose_tensor_is_not_there_says_so_before_anyone_waits_for_it(kind):
+    match kind:
+        case "ipc":
+            offer = partial(IpcRoad(CPU).offer, 1)
+        case "broadcast":
+            road, _ = group()
+            offer = partial(road.send, road.offer(1, ModelWeights(policy(1))))
+        case _:
+            pytest.importorskip("ray")
+            from tandem.placement.cluster.broadcast import Sender
+
+            offer = partial(Sender("127.0.0.1", CPU, 2).offer, 1)
+    road = kind.partition(" ")[0]
+    with pytest.raises(RunError, match=f"by road {road}: tensor {QUERY} was announced and never came"):
+        offer(Lying(policy(1)))
+
+
 def test_a_truncated_file_is_named(files):
     engine = receiver(policy(0), files)
     offer = files.offer(1, ModelWeights(policy(1)))
@@ -261,8 +280,6 @@ def test_a_given_folder_keeps_what_is_not_a_version(tmp_path):
 def test_the_probe_names_the_cause(files):
     sender = policy(1)
     engine = receiver(policy(0), files)
-    with pytest.raises(RunError, match=r"serves version 0 of the weights and the trainer is at 1"):
-        check_probe(engine, sender, 1, torch.float32)
     with pytest.raises(RunError, match=r"Cause: the weights"):
         check_probe(engine, sender, 0, torch.float32)
     with pytest.raises(RunError, match=r"Cause: the adapter"):
@@ -272,6 +289,10 @@ def test_the_probe_names_the_cause(files):
         near.network.lm_head.weight.mul_(1.5)
     with pytest.raises(RunError, match=r"Cause: the dtype: bfloat16 in the engine, float32 in the trainer"):
         check_probe(engine, near, 0, torch.bfloat16)
+    with torch.no_grad():
+        engine.model.network.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(RunError, match=r"is nan for the engine .* Cause: the weights"):
+        check_probe(engine, sender, 0, torch.float32)
 
 
 OFFERING = """

@@ -7,11 +7,24 @@ import numpy as np
 import pytest
 import torch
 
-from copies import QUERY, Changed, Lying, adapted, beside, flip, group, names, policy, refused_changes, send
+from copies import (
+    QUERY,
+    Changed,
+    Lying,
+    adapted,
+    beside,
+    check_probe,
+    flip,
+    group,
+    names,
+    policy,
+    refused_changes,
+    send,
+)
 from tandem.config.engine import Engine
 from tandem.config.sections import Lora
 from tandem.engine import PAUSED, EmbeddedEngine, Pause, Request, SamplingParams, decode
-from tandem.engine.probe import check_probe, policy_logp
+from tandem.engine.probe import policy_logp
 from tandem.engine.random import key
 from tandem.engine.roads import BroadcastRoad, FilesRoad, MemoryRoad
 from tandem.engine.vllm import VllmEngine, port

@@ -6,7 +6,7 @@ is gone with the sender's process.
 
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from tandem.engine.roads import offer_of, size_of
-from tandem.engine.weights import Offer, TensorSpec, Weights, checksum
+from tandem.engine.weights import Offer, TensorSpec, Weights, announced, checksum
 from tandem.errors import RunError
 
 ALIGNED = 64
@@ -29,7 +29,9 @@ class Memory(Protocol):
     place: str
     """Which device it is; the same in all processes."""
 
-    def share(self, weights: Weights) -> Iterator[tuple[str, Tensor, Any]]:
+    def share(
+        self, specs: Sequence[TensorSpec], weights: Iterable[tuple[str, Tensor]]
+    ) -> Iterator[tuple[str, Tensor, Any]]:
         """Name, tensor and handle of each weight, which stay good until the next call or `release`."""
         ...
 
@@ -48,7 +50,9 @@ class GpuMemory:
         self.place = str(torch.get_device_module(device).get_device_properties(device).uuid)
         self._held: list[Tensor] = []
 
-    def share(self, weights: Weights) -> Iterator[tuple[str, Tensor, Any]]:
+    def share(
+        self, specs: Sequence[TensorSpec], weights: Iterable[tuple[str, Tensor]]
+    ) -> Iterator[tuple[str, Tensor, Any]]:
         self._held = []
         for name, tensor in weights:
             self._held.append(tensor.detach().to(self.device).contiguous())
@@ -73,9 +77,11 @@ class HostMemory:
         self.place = platform.node()
         self._file: int | None = None
 
-    def share(self, weights: Weights) -> Iterator[tuple[str, Tensor, Any]]:
+    def share(
+        self, specs: Sequence[TensorSpec], weights: Iterable[tuple[str, Tensor]]
+    ) -> Iterator[tuple[str, Tensor, Any]]:
         self.release()
-        padded = [-(-size_of(spec) // ALIGNED) * ALIGNED for spec in weights.specs()]
+        padded = [-(-size_of(spec) // ALIGNED) * ALIGNED for spec in specs]
         self._file = os.memfd_create("tandem-weights")
         os.ftruncate(self._file, sum(padded))
         path, number = f"/proc/{os.getpid()}/fd/{self._file}", os.fstat(self._file).st_ino
@@ -112,7 +118,8 @@ class IpcRoad:
 
     def offer(self, version: int, weights: Weights, *, verify: bool = True) -> Offer:
         handles, sums = [], {}
-        for name, tensor, handle in self._memory.share(weights):
+        arriving = announced(weights, version, "ipc")
+        for name, tensor, handle in self._memory.share(weights.specs(), arriving):
             handles.append((name, handle))
             if verify:
                 sums[name] = checksum(tensor)

@@ -3,7 +3,8 @@
 Checksums prove that the bytes arrived, a probe that the engine computes with them.
 """
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
@@ -24,12 +25,64 @@ ROUNDING = 4.0
 """A difference of so many times the allowed one may still come from types; a larger one does not."""
 
 
-class Scores(Protocol):
-    """An engine that says the log-probabilities of given tokens."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """A fixed text, and what the trainer says of it with a version of the weights."""
 
-    version: int
+    tokens: tuple[int, ...]
+    logp: tuple[float, ...]
+    """Of each token but the first, at temperature 1."""
+    base_logp: tuple[float, ...] | None
+    """The same without the adapter, of a model that has one."""
+    engine_dtype: torch.dtype
+    trainer_dtype: torch.dtype
 
-    def score(self, sequences: list[tuple[int, ...]]) -> list[tuple[float, ...]]: ...
+    def check(self, engine: str, version: int, scores: Sequence[float]) -> float:
+        """Compare what an engine says of the text; returns the largest difference. RunError with the cause where it is
+        larger than the less precise of the two types explains."""
+        allowed = max(TOLERANCE[self.engine_dtype], TOLERANCE[self.trainer_dtype])
+        excess = [abs(a - b) / (allowed * (1 + abs(b))) for a, b in zip(scores, self.logp, strict=True)]
+        # A comparison with what is no number is false.
+        if all(part <= 1 for part in excess):
+            return largest(scores, self.logp)
+        place = next(i for i, part in enumerate(excess) if not part <= 1)
+        raise RunError(
+            f"{engine} and the trainer disagree on weights of version {version}: log-probability of token {place + 1} "
+            f"of the probe is {scores[place]:.6f} for the engine and {self.logp[place]:.6f} for the trainer (allowed "
+            f"{allowed:g}). Cause: {self._cause(scores, max(excess))}. Training would follow wrong ratios"
+        )
+
+    def _cause(self, scores: Sequence[float], excess: float) -> str:
+        """What the differences look like; `excess` is the largest in units of what is allowed."""
+        if self.base_logp and largest(scores, self.base_logp) < largest(scores, self.logp) / 2:
+            return "the adapter: the engine answers as the base model does, so it has not applied it"
+        if self.engine_dtype != self.trainer_dtype and excess < ROUNDING:
+            return (
+                f"the dtype: {dtype_name(self.engine_dtype)} in the engine, {dtype_name(self.trainer_dtype)} in the "
+                "trainer"
+            )
+        return (
+            "the weights: they arrived and the engine computes with others (an output head that it keeps apart from "
+            "the embeddings, a layer that it did not reload), or it is another model than model.path"
+        )
+
+
+def probe_of(model: LanguageModel, engine_dtype: torch.dtype) -> Probe:
+    """With the weights as they are now, for an engine that computes in a type of its own. Of a model on many processes
+    all make it together."""
+    tokens = probe_tokens(model.vocab_size, model.max_positions)
+    model.module.eval()
+    base = None
+    if isinstance(model.module, PeftModel):
+        with model.base():
+            base = tuple(policy_logp(model, tokens))
+    return Probe(
+        tokens=tokens,
+        logp=tuple(policy_logp(model, tokens)),
+        base_logp=base,
+        engine_dtype=engine_dtype,
+        trainer_dtype=model.network.dtype,
+    )
 
 
 def probe_tokens(vocab_size: int, max_positions: int) -> tuple[int, ...]:
@@ -80,54 +133,5 @@ def row_of(tokens: tuple[int, ...]) -> Batch:
     )
 
 
-def check_probe(engine: Scores, model: LanguageModel, version: int, dtype: torch.dtype) -> float:
-    """Compare an engine that serves `version` in `dtype` with the trainer's `model`; returns the largest difference.
-
-    Raises a `RunError` that names the cause where they disagree.
-    """
-    if engine.version != version:
-        raise RunError(
-            f"the engine serves version {engine.version} of the weights and the trainer is at {version}: "
-            "the last transfer did not reach it"
-        )
-    tokens = probe_tokens(model.vocab_size, model.max_positions)
-    (theirs,) = engine.score([tokens])
-    model.module.eval()
-    ours = policy_logp(model, tokens)
-    allowed = max(TOLERANCE[dtype], TOLERANCE[model.network.dtype])
-    excess = [abs(a - b) / (allowed * (1 + abs(b))) for a, b in zip(theirs, ours, strict=True)]
-    if max(excess) <= 1:
-        return largest(theirs, ours)
-    place = excess.index(max(excess))
-    raise RunError(
-        f"engine and trainer disagree on weights of version {version}: log-probability of token {place + 1} of the "
-        f"probe is {theirs[place]:.6f} for the engine and {ours[place]:.6f} for the trainer (allowed {allowed:g}). "
-        f"Cause: {_cause(theirs, model, tokens, dtype, max(excess))}. Training would follow wrong ratios"
-    )
-
-
-def _cause(
-    theirs: tuple[float, ...],
-    model: LanguageModel,
-    tokens: tuple[int, ...],
-    dtype: torch.dtype,
-    excess: float,
-) -> str:
-    """What the differences look like; `excess` is the largest in units of what is allowed."""
-    if isinstance(model.module, PeftModel):
-        with model.base():
-            without = largest(theirs, policy_logp(model, tokens))
-        if without < largest(theirs, policy_logp(model, tokens)) / 2:
-            return "the adapter: the engine answers as the base model does, so it has not applied it"
-    if dtype != model.network.dtype and excess < ROUNDING:
-        return (
-            f"the dtype: {dtype_name(dtype)} in the engine, {dtype_name(model.network.dtype)} in the trainer"
-        )
-    return (
-        "the weights: they arrived and the engine computes with others (an output head that it keeps apart from the "
-        "embeddings, a layer that it did not reload), or it is another model than model.path"
-    )
-
-
-def largest(theirs: tuple[float, ...], ours: list[float]) -> float:
+def largest(theirs: Sequence[float], ours: Sequence[float]) -> float:
     return max(abs(a - b) for a, b in zip(theirs, ours, strict=True))

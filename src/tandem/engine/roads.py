@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tandem.engine.weights import Offer, TensorSpec, Weights, checksum, compare
+from tandem.engine.weights import Offer, TensorSpec, Weights, announced, checksum, compare
 from tandem.errors import RunError
 
 BUCKET = 1 << 28
@@ -216,7 +216,7 @@ class BroadcastRoad:
 
     def send(self, offer: Offer, weights: Weights) -> None:
         """Send what was offered, while all receivers read it."""
-        arriving = iter(weights)
+        arriving = announced(weights, offer.version, offer.road)
         for bucket in buckets(offer.specs, BUCKET):
             tensors = [next(arriving)[1].to(self.device) for _ in bucket]
             bytes_N = torch.cat([t.detach().contiguous().reshape(-1).view(torch.uint8) for t in tensors])

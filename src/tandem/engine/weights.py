@@ -142,6 +142,17 @@ def check_specs(offer: Offer, own: Mapping[str, TensorSpec]) -> None:
             raise refusal(offer, name, f"is {spec} and the engine's is {own[name]}")
 
 
+def announced(weights: Weights, version: int, road: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a sender, each at the place where its specs have it; RunError with the name of the first that is
+    not there."""
+    arriving = iter(weights)
+    for spec in weights.specs():
+        name, tensor = next(arriving, ("", None))
+        if name != spec.name or tensor is None:
+            raise told(version, road, spec.name, "was announced and never came")
+        yield name, tensor
+
+
 def verified(offer: Offer, arriving: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """The tensors as they come, each compared with the offer; raises at the first that differs, or if one is left."""
     awaited = {spec.name: spec for spec in offer.specs}
@@ -164,7 +175,11 @@ def compare(offer: Offer, name: str, sent: int, received: int) -> None:
 
 
 def refusal(offer: Offer, name: str, what: str) -> RunError:
-    return RunError(f"weights of version {offer.version} by road {offer.road}: tensor {name} {what}")
+    return told(offer.version, offer.road, name, what)
+
+
+def told(version: int, road: str, name: str, what: str) -> RunError:
+    return RunError(f"weights of version {version} by road {road}: tensor {name} {what}")
 
 
 def _others(names: list[str]) -> str:

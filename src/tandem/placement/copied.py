@@ -8,7 +8,7 @@ from pathlib import Path
 from tandem.config.engine import Engine
 from tandem.config.run import Run
 from tandem.engine import Completion, Request, SamplingParams
-from tandem.engine.probe import check_probe
+from tandem.engine.probe import probe_of
 from tandem.engine.roads import FilesRoad, MemoryRoad
 from tandem.engine.vllm import VllmEngine, check_params
 from tandem.engine.weights import ModelWeights
@@ -43,7 +43,8 @@ class CopiedEngine:
         self.engine.update(offer)
         self._slept = False
         if verify:
-            check_probe(self.engine, self.model, version, self.engine.dtype)
+            probe = probe_of(self.model, self.engine.dtype)
+            probe.check("engine", version, self.engine.score([probe.tokens])[0])
 
     def generate(
         self,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tandem.config.placement import Placement
 from tandem.engine.roads import BroadcastRoad, Meeting, RoadBroken
-from tandem.engine.weights import Offer, TensorSpec, Weights
+from tandem.engine.weights import Offer, TensorSpec, Weights, announced
 from tandem.errors import RunError
 from tandem.placement.cluster import port
 from tandem.placement.cluster.parcel import Parcel
@@ -24,9 +24,10 @@ log = logging.getLogger("tandem.engines")
 class KeptWeights:
     """A version of the weights in host memory."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, version: int) -> None:
         self.adapter, self._specs = weights.adapter, weights.specs()
-        self._tensors = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in weights]
+        arriving = announced(weights, version, "broadcast")
+        self._tensors = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in arriving]
 
     def specs(self) -> tuple[TensorSpec, ...]:
         return self._specs
@@ -45,7 +46,7 @@ class Sender:
         self._road: BroadcastRoad | None = None
 
     def offer(self, version: int, weights: Weights, *, verify: bool = True) -> Offer:
-        kept = self._versions[version] = KeptWeights(weights)
+        kept = self._versions[version] = KeptWeights(weights, version)
         for old in sorted(self._versions)[: -self.keep]:
             del self._versions[old]
         return Offer(

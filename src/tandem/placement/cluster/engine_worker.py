@@ -56,8 +56,8 @@ class EngineWorker(Process):
         self._engine = make(self.run, self.log)
         return self.place()
 
-    def update(self, offer: Offer, probe: tuple[int, ...]) -> tuple[float, ...]:
-        """Take a version of the weights; returns the log-probabilities of the probe, none where nothing is verified."""
+    def update(self, offer: Offer, probe: tuple[int, ...] | None) -> tuple[float, ...] | None:
+        """Take a version of the weights; returns the log-probabilities of the tokens of the probe, if there is one."""
         if offer.road == "broadcast":
             self._join(offer.place)
         elif isinstance(self.engine, ReceivingEngine):
@@ -68,7 +68,7 @@ class EngineWorker(Process):
                 self.engine.update(road.offer(offer.version, ArrivedWeights(offer), verify=offer.verify))
         else:
             self.engine.update(offer)
-        return self.engine.score([probe])[0] if offer.verify else ()
+        return None if probe is None else self.engine.score([probe])[0]
 
     def generate(
         self, number: int, requests: Sequence[Request], params: SamplingParams, version: int

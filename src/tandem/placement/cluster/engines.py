@@ -206,7 +206,9 @@ class Engines:
         offers = self._road.offers(self._parcel, [seat.worker for seat in behind if seat.worker])
         for seat, offer in zip(behind, offers):
             assert seat.worker
-            seat.taking = (seat.worker.call("update", offer, self._parcel.probe), self._parcel)
+            probe = self._parcel.probe
+            tokens = None if probe is None else probe.tokens
+            seat.taking = (seat.worker.call("update", offer, tokens), self._parcel)
 
     def _finish_taking(self, seat: Seat) -> None:
         """Weights that have arrived are proved; those that take too long are lost with their engine."""
@@ -227,8 +229,8 @@ class Engines:
         if parcel is None:
             seat.worker.place = told
             return
-        if scores := told:
-            parcel.check(str(seat.worker), scores)
+        if parcel.probe is not None:
+            parcel.probe.check(str(seat.worker), parcel.offer.version, told)
         seat.version = parcel.offer.version
 
     def _waits_for_room(self, seat: Seat) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tandem.config.run import Run
 from tandem.device import describe, give_back, pick
 from tandem.engine.ipc import IpcRoad, joined
-from tandem.engine.probe import TOLERANCE, policy_logp, probe_tokens
+from tandem.engine.probe import probe_of
 from tandem.engine.roads import FilesRoad, Meeting
 from tandem.engine.weights import ModelWeights, Offer, TensorSpec, Weights, spec_of
 from tandem.learner import Actor, Critic, Reference
@@ -156,13 +156,8 @@ class LearnerWorker(Process):
     def offer(self, version: int, verify: bool) -> Parcel | None:
         """Put the weights as they are now on the road."""
         offer = self._offer(version, verify)
-        model, logp = self.actor.model, ()
-        probe = probe_tokens(model.vocab_size, model.max_positions)
-        if verify:
-            model.module.eval()
-            logp = tuple(policy_logp(model, probe))
-        tolerance = max(TOLERANCE[self.dtype], TOLERANCE[model.network.dtype])
-        return self._first(None if offer is None else Parcel(offer, probe, logp, tolerance))
+        probe = probe_of(self.actor.model, self.dtype) if verify else None
+        return self._first(None if offer is None else Parcel(offer, probe))
 
     def sleep(self) -> int:
         """Give the device's memory to the engine beside it; returns the bytes that wait in host memory."""

@@ -8,7 +8,7 @@ from peft import PeftConfig
 from torch import Tensor
 
 from tandem.engine.roads import BUCKET, buckets
-from tandem.engine.weights import Offer, TensorSpec, Weights, checksum, verified
+from tandem.engine.weights import Offer, TensorSpec, Weights, announced, checksum, verified
 from tandem.placement.cluster import port
 
 
@@ -27,7 +27,7 @@ class ObjectsRoad:
 
     def offer(self, version: int, weights: Weights, *, verify: bool = True) -> Offer:
         sums: dict[str, int] = {}
-        arriving, parts = iter(weights), []
+        arriving, parts = announced(weights, version, "objects"), []
         for bucket in buckets(weights.specs(), BUCKET):
             tensors: dict[str, Tensor] = {}
             for _ in bucket:
