@@ -82,6 +82,9 @@ CASES = {
         "tensor of 4": Case(layout={"tensor": 4}, family="qwen2_untied"),
         "shard lora": Case(layout={}, lora=True),
         "shard x sequence lora": Case(layout={"tensor": 2}, lora=True),
+        "replicate x shard lora": Case(layout={"replicate": 2}, lora=True),
+        "context lora": Case(layout={"context": 4}, lora=True),
+        "tensor of 4 lora": Case(layout={"tensor": 4}, family="qwen2_untied", lora=True),
     },
     2: {
         "shard": Case(layout={"shard": 2}),
@@ -95,6 +98,7 @@ CASES = {
         "sequence head norms": Case(layout={"tensor": 2}, family="qwen3"),
         "context one key head": Case(layout={"context": 2}, family="llama"),
         "shard lora": Case(layout={}, lora=True),
+        "replicate lora": Case(layout={"replicate": 2}, lora=True),
         "tensor lora": Case(layout={"tensor": 2, "sequence": False}, lora=True),
         "sequence lora": Case(layout={"tensor": 2}, lora=True),
         "context lora": Case(layout={"context": 2}, lora=True),
@@ -104,6 +108,8 @@ CASES = {
         "sequence, recomputed, head in chunks": Case(
             layout={"tensor": 2}, learner={"checkpointing": True}, chunks=True
         ),
+        "shard, gradients on the host": Case(layout={"offload_gradients": True}),
+        "shard, optimizer on the host": Case(layout={}, optimizer={"offload": True}),
         "shard, gradients and optimizer on the host": Case(
             layout={"offload_gradients": True}, optimizer={"offload": True}
         ),
@@ -287,7 +293,7 @@ def slices_only(folder: Path) -> None:
     """Of two processes each reads half of a folder; where weights are only split over tensor, the norms too."""
     total = sum(t.nbytes for t in load_file(folder / "qwen2_untied" / "model.safetensors").values())
     safetensors.safe_open = Counting
-    for sizes, most in (({}, 0.5), ({"context": 2}, 0.5), ({"tensor": 2}, 0.52)):
+    for sizes, most in (({}, 0.5), ({"context": 2}, 0.5), ({"tensor": 2}, 0.52), ({"pipeline": 2}, 0.55)):
         Counting.read = 0
         spread(Case(layout=sizes, family="qwen2_untied"), folder)
         assert 0.45 * total < Counting.read <= most * total, (sizes, Counting.read / total)

@@ -34,13 +34,13 @@ class SlowEngine:
         self.begun: dict[int, float] = {}
         """When an answer was first worked on, by its key."""
         self.dead = threading.Event()
+        self.made = time.monotonic()
 
     def build(self) -> str:
         return "this process"
 
-    def update(self, offer: Offer, probe: tuple[int, ...]) -> tuple[float, ...]:
+    def update(self, offer: Offer, probe: tuple[int, ...] | None) -> None:
         self.version = offer.version
-        return ()
 
     def pause(self, version: int) -> None:
         self.wanted = version

@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import typer
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from small_recipe import environment, recipe, start, tandem
@@ -51,6 +53,31 @@ def test_commands_that_only_print_import_no_tensor_library(tmp_path, arguments):
     )
     assert (done.returncode, done.stderr.strip()) == (0, "[]")
     assert done.stdout
+
+
+def test_convert_there_and_back_gives_the_same_tensors_and_what_belongs_to_them(tmp_path, random_folder):
+    there, back = tmp_path / "megatron", tmp_path / "back"
+    said = call(
+        "convert", random_folder, there, "--to", "megatron", "--tensor-parallel", 2, "--pipeline-parallel", 2
+    )
+    assert said.exit_code == 0 and f"written: {there}" in said.output, said.output
+    assert len(list(there.glob("**/mp_rank_*"))) == 4
+    assert call("convert", there, back, "--to", "hf").exit_code == 0
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (back, random_folder))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert {"config.json", "tokenizer.json"} <= {p.name for p in back.iterdir()}
+    again = call("convert", random_folder, there, "--to", "megatron")
+    assert again.exit_code == 2 and str(there) in again.output
+
+
+def test_plan_ranks_layouts_for_devices_that_are_not_there(tmp_path, random_folder):
+    path = recipe(tmp_path, model={"path": str(random_folder), "new": None}, data={"max_prompt_tokens": 100})
+    said = call("plan", path, "--device", "h100", "--count", 1024, "--top", 3)
+    assert said.exit_code == 0, said.output
+    assert "1,024" in said.output and "learner" in said.output
+    refused = call("plan", path, "--device", "h300")
+    assert refused.exit_code == 2 and "h300" in refused.output
 
 
 def test_version_is_the_packages_own():

@@ -124,6 +124,9 @@ def test_with_ray_it_is_the_run_of_one_process(inline, tmp_path, monkeypatch):
     monkeypatch.setattr(InUnits, "begin", watched)
     assert run_in(tmp_path, placement={"kind": "apart", **RAY}) == inline[0]
     assert len([size for method, size in begun if method == "values"]) >= len(inline[0]) - 1
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    waits = [row["timing/non_overlap_critic_model"] for row in rows if "grad_norm" in row]
+    assert len(waits) > 1 and min(waits) > 0
     for name, weight in critic_in(tmp_path).items():
         assert torch.equal(weight, inline[1][name]), name
 

@@ -5,6 +5,7 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -45,14 +46,14 @@ def slow(monkeypatch):
     monkeypatch.setattr(engines.port, "first_done", first_done)
     closing = []
 
-    def built(count: int, token_s: float, shorter: int = 0):
+    def built(count: int, token_s: float, shorter: int = 0, backoff_s: float = 0.0):
         made = []
 
         def spawn(number: int) -> ThreadWorker:
             made.append(SlowEngine(token_s, shorter))
             return ThreadWorker(made[-1], f"engine {number}")
 
-        placement = Placement(kind="apart", engines=count, backoff_s=0.0, engine_timeout_s=1.0)
+        placement = Placement(kind="apart", engines=count, backoff_s=backoff_s, engine_timeout_s=1.0)
         closing.append(engines.Engines(spawn, lambda number: "", placement, Reading(), lambda: None))
         return closing[-1], made
 
@@ -97,6 +98,26 @@ def test_a_step_takes_as_long_as_the_slower_stage_and_answers_are_carried(make, 
     per_step = (time.monotonic() - began - TRAINING_S) / STEPS
     assert sum(share == 1 for share in mixed) >= STEPS - 2, f"carried across an update: {mixed}"
     assert per_step <= 1.15 * SAMPLING_S, f"{per_step:.3f} s, the slower stage takes {SAMPLING_S} s"
+
+
+@needs_ray
+def test_an_engine_that_is_lost_time_and_again_is_replaced_after_a_wait_that_doubles(slow, monkeypatch):
+    def lost(*_):
+        raise WorkerLost("it was killed")
+
+    monkeypatch.setattr(SlowEngine, "generate", lost)
+    engines, made = slow(1, 0.01, backoff_s=0.1)
+    engines.update(parcel(0))
+    with pytest.raises(EnginesLost, match=r"lost 4 times in a row \(placement.restarts=3\)"):
+        engines.generate(
+            [Request(tokens=(1,), key=1)],
+            SamplingParams(max_tokens=2),
+            poll=lambda *_: None,
+            on_done=lambda *_: None,
+        )
+    waits = [later.made - earlier.made for earlier, later in pairwise(made)]
+    assert len(waits) == 3 and all(wait >= 0.1 * 2**i for i, wait in enumerate(waits)), waits
+    assert [engine.version for engine in made] == [0] * 4, "none was asked before it had the weights"
 
 
 class OneLong:

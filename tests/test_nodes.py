@@ -20,8 +20,10 @@ from ray_runs import (
     RECIPES,
     SMALL,
     JoinedNodes,
+    alive,
     caller,
     end,
+    family,
     small,
     steps_done,
     trajectory,
@@ -35,6 +37,7 @@ from tandem.config.sections import NewModel
 from tandem.journal import read_metrics
 from tandem.model import LanguageModel
 from tandem.model.new import new_network, new_tokenizer
+from tandem.placement.cluster.build import weights_root
 from tandem.train.run import Launch, train
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
@@ -97,6 +100,21 @@ cluster.reserve([{"CPU": 1.0, "GPU": 0.0}] * 4)
 print(len(others), "and then", sum(map(cluster.has_room, range(4))), "places on", cluster.nodes, "nodes")
 """
 """Room for all cores, in the middle of which another run takes a node, until it is given up for the time being."""
+
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+import ray
+
+ray.init(address=sys.argv[1])
+group = ray.util.placement_group([{"CPU": 1.0}] * 2)
+assert group.wait(30)
+Path(sys.argv[2]).touch()
+while Path(sys.argv[2]).exists():
+    time.sleep(0.05)
+"""
+"""Takes two cores until its file is gone."""
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +279,38 @@ def test_room_that_another_run_takes_first_is_waited_for_with_nothing_held(nodes
     with driver(nodes, said, "-c", OVERTAKEN, nodes.address) as process:
         assert process.wait(timeout=60) == 0, said.read_text()
     assert "2 and then 4 places on 2 nodes" in text(said)
+
+
+def test_room_that_another_run_holds_is_waited_for_and_said(nodes, tmp_path):
+    """Two cores are held until it has said so; then there is room for all."""
+    said, held = tmp_path / "said", tmp_path / "held"
+    holding = tmp_path / "holding"
+    with driver(nodes, held, "-c", HOLDING, nodes.address, holding):
+        wait_until("the other run holds them", holding.exists)
+        placed = PLACED | {"address": nodes.address, "engines": 3}
+        path = recipe(tmp_path, **CHANGES | {"steps": 1}, placement=placed)
+        with driver(nodes, said, "-m", "tandem", "train", path) as process:
+            wait_until("it says that it waits", lambda: "room on the cluster" in text(said))
+            assert "for room on the cluster: 4 CPU needed, 2 free" in text(said)
+            holding.unlink()
+            assert process.wait(timeout=60) == 0, said.read_text()
+
+
+def test_a_killed_driver_leaves_nothing_on_a_cluster_that_is_not_its_own(nodes, tmp_path):
+    said, path = (
+        tmp_path / "said",
+        recipe(tmp_path, **CHANGES | {"steps": 5000}, placement=PLACED | {"address": nodes.address}),
+    )
+    with driver(nodes, said, "-m", "tandem", "train", path) as process:
+        wait_until("two steps are done", lambda: steps_done(tmp_path / "run") >= 2)
+        workers = [psutil.Process(pid) for lives in places(tmp_path).values() for _, pid in lives]
+        own = family(process.pid)
+        left = weights_root(load(path), tmp_path / "run")
+        end(process.pid)
+    assert len(workers) == 3 and len(own) > 1
+    wait_until("all processes of the run are gone", lambda: not alive([*workers, *own]), 30)
+    wait_until("and its weights", lambda: not left.exists(), 30)
+    assert caller(nodes.address, nodes.environ) == "in", "the cluster is there"
 
 
 def test_a_run_without_any_engine_saves_what_it_has_and_the_same_command_goes_on(nodes, whole, tmp_path):

@@ -26,6 +26,7 @@ from ray_runs import (
 )
 from small_recipe import environment, recipe, start, tandem
 from tandem.checkpoint import newest
+from tandem.checkpoint.extract import extract
 from tandem.config import load
 from tandem.engine import Request, SamplingParams
 from tandem.engine.probe import Probe
@@ -176,11 +177,32 @@ def test_several_engines_and_learners_go_on_from_one_process_and_it_from_them(in
     assert checked[:2] == [(0, 31, 31)] * 2, "both engines, before the first answer"
 
 
-def test_an_engine_of_another_type_agrees_as_far_as_that_allows(tmp_path):
-    """It computes in bfloat16, the learner in float32: more than float32 alone would allow."""
+def test_an_engine_of_another_type_agrees_as_far_as_that_allows(tmp_path, monkeypatch):
+    """It computes in bfloat16, the learner in float32: more than float32 alone would allow. In between an error in the
+    learner comes with its place and traceback."""
+    after, told = Session.after, []
+
+    def divided(actor, reference):
+        return actor.run.steps / 0
+
+    def asked(self, step, *rest):
+        after(self, step, *rest)
+        if step == 0:
+            with pytest.raises(RunError) as error:
+                self.roles.on_learners(divided)
+            told.append(str(error.value))
+
+    monkeypatch.setattr(Session, "after", asked)
     rows = run_in(tmp_path, steps=2, placement={"kind": "apart", **RAY}, engine={"dtype": "bf16"})
     gaps = [row["rollout/logp_gap_max"] for row in rows if "grad_norm" in row]
     assert len(gaps) == 2 and 1e-4 < min(gaps) <= max(gaps) < 0.1
+    (message,) = told
+    assert re.match(
+        r"learner 0 \(node \w+ at [\d.]+, pid \d+\) failed in `apply`; its log: \S+learner-0.log\n", message
+    )
+    assert (
+        "in divided" in message and "\x1b" not in message and "ZeroDivisionError: division by zero" in message
+    )
 
 
 @pytest.mark.gpu
@@ -354,3 +376,6 @@ def test_sampler_and_trainer_of_the_decoupled_recipe_are_killed_without_loss(tmp
     again = tandem(*command)
     assert again.returncode == 0, again.stderr
     assert trajectory(part) == whole
+    taken = load_file(extract(part, tmp_path / "taken") / "model.safetensors")
+    for name, tensor in load_file(part / "model" / "model.safetensors").items():
+        assert torch.equal(taken[name], tensor), name

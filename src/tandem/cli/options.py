@@ -1,5 +1,6 @@
 """Options that several commands have, and what each does first."""
 
+import atexit
 import gc
 import os
 from typing import TYPE_CHECKING, Annotated
@@ -30,6 +31,8 @@ def import_libraries() -> None:
 
     gc.freeze()
     gc.enable()
+    # Libraries that count what they made find it again when the process ends.
+    atexit.register(gc.unfreeze)
 
 
 def plain_console() -> "Console":

@@ -38,11 +38,13 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from rich.text import Text
 
 from tandem.config.placement import Placement
 from tandem.errors import ConfigError, DataError, RunError
 from tandem.placement.cluster.lost import WorkerLost
 
+log = logging.getLogger("tandem.cluster")
 T = TypeVar("T")
 
 STORE_BYTES = 200 << 20
@@ -51,6 +53,8 @@ FETCH_S = 600.0
 """Longest wait for an object that another node has."""
 RETAKE_S = 5.0
 """Longest wait for room that was given back a moment ago."""
+SILENT_S = 5.0
+"""Of a wait for room that need not be told."""
 LOST = (
     exceptions.RayActorError,
     exceptions.WorkerCrashedError,
@@ -132,8 +136,8 @@ def failure(worker: Worker, method: str, error: exceptions.RayTaskError) -> Exce
     """Our own errors keep their kind and their words; of any other, everything is told."""
     if isinstance(error.cause, OWN):
         return type(error.cause)(f"{worker}: {error.cause}")
-    # Where it is an instance of its cause's class as well, what it says of itself holds the traceback.
-    told = vars(error).get("traceback_str") or str(error)
+    # Where it is an instance of its cause's class as well, what it says of itself holds the traceback. Ray colours it.
+    told = Text.from_ansi(vars(error).get("traceback_str") or str(error)).plain
     return WorkerLost(f"{worker} failed in `{method}`; its log: {worker.log}\n{told.strip()}")
 
 
@@ -274,17 +278,32 @@ def reserve(placement: Placement, bundles: Sequence[Mapping[str, float]]) -> lis
     deadline = time.monotonic() + placement.start_timeout_s
     while True:
         group = placement_group(wanted, strategy="SPREAD" if placement.spread else "PACK")
-        # Ray counts whole seconds.
-        if not group.wait(math.ceil(max(deadline - time.monotonic(), 1))):
-            free = {kind: available_resources().get(kind, 0) for kind in ("CPU", "GPU")}
+        if not placed_until(group, wanted, deadline):
             raise RunError(
-                f"no room on the cluster within placement.start_timeout_s={placement.start_timeout_s:g}: needed "
-                f"{wanted}, free {free}; another run may hold the rest"
+                f"no room on the cluster within placement.start_timeout_s={placement.start_timeout_s:g}: "
+                f"{asked_and_free(wanted)}; another run may hold the rest"
             )
         if placement.kind == "colocated" or len(set(nodes_of(group).values())) == 1:
             return [(group, index) for index in range(len(wanted))]
         if groups := separate(group, wanted):
             return [(single, 0) for single in groups]
+
+
+def placed_until(group: PlacementGroup, wanted: Sequence[Mapping[str, float]], deadline: float) -> bool:
+    """Wait for the places of a group, and say so where that takes a while."""
+    left = deadline - time.monotonic()
+    if group.wait(math.ceil(max(min(left, SILENT_S), 1))):  # Ray counts whole seconds.
+        return True
+    left = deadline - time.monotonic()
+    if left > 0:
+        log.warning("waits up to %.0f s for room on the cluster: %s", left, asked_and_free(wanted))
+    return bool(group.wait(math.ceil(max(left, 1))))
+
+
+def asked_and_free(wanted: Sequence[Mapping[str, float]]) -> str:
+    need = {kind: sum(bundle.get(kind, 0) for bundle in wanted) for kind in ("CPU", "GPU")}
+    free = {kind: available_resources().get(kind, 0) for kind in need}
+    return " and ".join(f"{need[kind]:g} {kind} needed, {free[kind]:g} free" for kind in need if need[kind])
 
 
 def separate(group: PlacementGroup, bundles: Sequence[Mapping[str, float]]) -> list[PlacementGroup]:
