@@ -35,10 +35,12 @@ def policy(seed: int = 0, *, tied: bool = True, layers: int = 2) -> LanguageMode
     return LanguageModel(made.eval(), new_tokenizer(), "tiny")
 
 
-def adapted(seed: int, base: int = 0) -> LanguageModel:
+def adapted(
+    seed: int, base: int = 0, tied: bool = True, targets: str | list[str] = "all-linear"
+) -> LanguageModel:
     """The policy of seed `base` with a random adapter."""
-    model = policy(base)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = policy(base, tied=tied)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
     module = get_peft_model(model.network, config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -152,11 +152,18 @@ def test_a_run_by_broadcast_is_that_of_one_process_though_engines_die_and_hang_i
     assert len(set(pids(tmp_path / "run", "engine"))) == 3
 
 
-def test_broadcasts_that_lead_nowhere_are_refused_before_anything_starts(tmp_path):
+def test_ways_that_lead_nowhere_are_refused_before_anything_starts(tmp_path):
     for placement, engine, model, said in (
         ({"kind": "inline"}, {}, {}, "placement.kind=inline weights travel by auto, memory, files"),
         ({"kind": "colocated"}, {}, {}, "needs a device for each"),
         ({"kind": "apart"}, {"kind": "vllm"}, {"lora": {"rank": 4}}, "vLLM reads adapters"),
+        (
+            {"kind": "apart"},
+            {"kind": "vllm", "transfer": "auto"},
+            {"lora": {"rank": 4}},
+            "set model.path instead",
+        ),
+        ({"kind": "inline"}, {"transfer": "auto", "dtype": "bf16"}, {}, "the trainer's own weights"),
     ):
         with pytest.raises(ConfigError, match=said):
             load(recipe(

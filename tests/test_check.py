@@ -342,7 +342,7 @@ def test_the_estimate_counts_the_probabilities_that_answers_to_one_prompt_keep(t
     }
     measured = kept_bytes(model, tokens_BT, mask_BT, torch.full((answers,), prompt + answer), **groups)
     update = footprint.memory(run, shape, prompt, None).update
-    scores = shape.layers * footprint.probabilities(run, shape, answers * answer * (prompt + answer))
+    scores = shape.layers * footprint.probabilities(run, shape.heads * answers * answer * (prompt + answer))
     assert scores > update["activations"] / 5
     assert 0.8 < (measured - answers * answer * shape.vocabulary * 4) / update["activations"] < 1.2
 

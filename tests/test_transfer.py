@@ -31,8 +31,10 @@ from tandem.engine import roads as roads_module
 from tandem.engine.ipc import IpcRoad, joined
 from tandem.engine.receiver import ReceivingEngine
 from tandem.engine.roads import BroadcastRoad, FilesRoad, MemoryRoad, buckets
-from tandem.engine.weights import ModelWeights, Offer, checksum, named_tensors
+from tandem.engine.vllm import VllmEngine
+from tandem.engine.weights import ModelWeights, Offer, TensorSpec, checksum, named_tensors
 from tandem.errors import RunError
+from tandem.model.parallel.folder import adapter_key
 
 REQUESTS = [Request(tokens=(5, 9, 30 + i), key=i) for i in range(3)]
 PARAMS = SamplingParams(max_tokens=8)
@@ -125,6 +127,27 @@ def test_an_adapter_travels_alone(files):
     assert offer.adapter and all("lora_" in name for name in names(offer.specs))
     engine.update(offer)
     same(engine, sender)
+
+
+def test_an_adapter_of_embedding_and_head_travels_without_what_it_is_added_to(files):
+    def made(seed):
+        return adapted(seed, tied=False, targets=["q_proj", "embed_tokens", "lm_head"])
+
+    engine, sender = receiver(made(1), files), made(2)
+    offer = files.offer(1, ModelWeights(sender))
+    sent = names(offer.specs)
+    assert all("lora_" in name for name in sent) and any("lm_head" in name for name in sent)
+    assert sorted(map(adapter_key, sender.trainable())) == sorted(sent), "as many processes name them"
+    engine.update(offer)
+    same(engine, sender)
+
+
+def test_vllm_refuses_adapters_of_experts_by_name():
+    name = "base_model.model.model.layers.0.mlp.experts.lora_A.weight"
+    spec = TensorSpec(name=name, shape=(2, 4), dtype="float32")
+    offer = Offer(version=0, road="files", specs=(spec,), checksums=None, adapter=True, place="nowhere")
+    with pytest.raises(RunError, match=f"no adapters of a mixture's experts, as {name} is"):
+        VllmEngine._take_adapter(object.__new__(VllmEngine), offer)
 
 
 def test_weights_are_cast_for_an_engine_of_another_type(files):

@@ -45,7 +45,8 @@ def run_in(folder: Path, model: dict | None = None, layout: dict | None = None, 
 def test_apart_every_step_samples_from_the_weights_of_the_step_before(tmp_path):
     """They come by broadcast, from two learners that hold the model together, into vLLM's own interface for them."""
     engine = {**ENGINE, "transfer": "broadcast"}
-    rows = run_in(tmp_path, engine=engine, placement={"kind": "apart", "learners": 2, **PLACED})
+    placement = {"kind": "apart", "learners": 2, **PLACED}
+    rows = run_in(tmp_path, engine=engine, placement=placement, layout={"pipeline": 2})
     # The rate is high: answers of an older version would be off by far more.
     assert all(row["rollout/logp_gap_max"] < 1e-4 for row in rows)
     assert [row["version"] for row in rows] == [1, 2, 3]

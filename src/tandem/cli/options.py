@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def import_libraries() -> None:
-    """Import what every command with a model needs, without progress bars (but for downloads) or advice from below."""
+    """Import what every command with a model needs, without progress bars (but for downloads) or advice from below.
+    Once in a process."""
+    if gc.get_freeze_count():
+        return
     # Set by hand, or it warns at every new process; none of ours goes on in a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Threads that wait for each other spin only briefly: beside another busy process, long spinning starves both.

@@ -137,6 +137,11 @@ class Run(Section):
                 f"engine.transfer={road}: with placement.kind={kind} weights travel by {', '.join(ROADS[kind])}"
                 + " (a broadcast needs a device for each of its processes)" * (road == "broadcast")
             )
+        if self.engine.dtype is not None and self.engine.kind == "embedded" and kind == "inline":
+            raise ValueError(
+                f"engine.dtype={self.engine.dtype}: with placement.kind=inline the embedded engine samples from the "
+                "trainer's own weights, which are of model.dtype; leave it null"
+            )
         if self.engine.kind == "vllm" and self.model.lora is not None:
             if road in ("broadcast", "ipc"):
                 raise ValueError(

@@ -3,6 +3,7 @@
 Checksums prove that the bytes arrived, a probe that the engine computes with them.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,11 +42,11 @@ class Probe:
         """Compare what an engine says of the text; returns the largest difference. RunError with the cause where it is
         larger than the less precise of the two types explains."""
         allowed = max(TOLERANCE[self.engine_dtype], TOLERANCE[self.trainer_dtype])
-        excess = [abs(a - b) / (allowed * (1 + abs(b))) for a, b in zip(scores, self.logp, strict=True)]
-        # A comparison with what is no number is false.
-        if all(part <= 1 for part in excess):
+        gaps = [abs(a - b) / (allowed * (1 + abs(b))) for a, b in zip(scores, self.logp, strict=True)]
+        excess = [math.inf if math.isnan(gap) else gap for gap in gaps]
+        if max(excess) <= 1:
             return largest(scores, self.logp)
-        place = next(i for i, part in enumerate(excess) if not part <= 1)
+        place = next(i for i, gap in enumerate(excess) if gap > 1)
         raise RunError(
             f"{engine} and the trainer disagree on weights of version {version}: log-probability of token {place + 1} "
             f"of the probe is {scores[place]:.6f} for the engine and {self.logp[place]:.6f} for the trainer (allowed "

@@ -207,6 +207,11 @@ class VllmEngine:
 
     def _take_adapter(self, offer: Offer) -> None:
         """vLLM reads the adapter from the offer's folder, once the files there are found whole."""
+        if experts := [spec.name for spec in offer.specs if ".experts." in spec.name]:
+            raise RunError(
+                f"vLLM takes no adapters of a mixture's experts, as {experts[0]} is; name other layers in "
+                "model.lora.targets, or set engine.kind=embedded"
+            )
         for _ in verified(offer, FilesRoad().read(offer)):
             pass
         old, number = self._adapter, 1 + (self._adapter.lora_int_id if self._adapter else 0)

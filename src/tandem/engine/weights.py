@@ -97,7 +97,7 @@ class ModelWeights:
 def named_tensors(model: LanguageModel) -> dict[str, Tensor]:
     """The tensors themselves, by the name in a Hugging Face folder: what is written into them is the model's."""
     if isinstance(model.module, PeftModel):
-        return dict(get_peft_model_state_dict(model.module))
+        return dict(get_peft_model_state_dict(model.module, save_embedding_layers=False))
     network = model.network
     shared = {name for name, _ in network.named_parameters(remove_duplicate=False)}
     buffers = {name: t for name, t in network.state_dict().items() if name not in shared}
@@ -144,12 +144,15 @@ def check_specs(offer: Offer, own: Mapping[str, TensorSpec]) -> None:
 
 def announced(weights: Weights, version: int, road: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a sender, each at the place where its specs have it; RunError with the name of the first that is
-    not there."""
-    arriving = iter(weights)
-    for spec in weights.specs():
+    not there. With the last one the sender is done: where many processes iterate none is left waiting."""
+    arriving, specs = iter(weights), weights.specs()
+    for place, spec in enumerate(specs, 1):
         name, tensor = next(arriving, ("", None))
         if name != spec.name or tensor is None:
             raise told(version, road, spec.name, "was announced and never came")
+        if place == len(specs):
+            for surplus, _ in arriving:
+                raise told(version, road, surplus, "came and was not announced")
         yield name, tensor
 
 

@@ -134,7 +134,7 @@ def biased(q_BHAD: Tensor, k_BKCD: Tensor, v_BKCD: Tensor, bias_BAC: Tensor, sca
     q_BKSD = (q_BHAD * scale).reshape(rows, -1, shared * columns, width)
     score_BKSC = q_BKSD @ k_BKCD.transpose(-1, -2)
     prob_BHAC = (score_BKSC.view(rows, heads, columns, -1) + bias_BAC[:, None]).softmax(-1)
-    return (prob_BHAC.view_as(score_BKSC) @ v_BKCD).view_as(q_BHAD)
+    return (prob_BHAC.view_as(score_BKSC) @ v_BKCD).view(rows, heads, columns, -1)
 
 
 def written_out(q_BHAD: Tensor, scores: int) -> bool:

@@ -346,7 +346,7 @@ def update(
     layer = shape.kept(axes)
     parts = math.ceil(run.rollouts_per_step * longest / run.learner.updates_per_step / axes.data / tokens)
     layers = kept_layers(schedule, shape, axes, parts)
-    scores = probabilities(run, shape, answers * longest) / (axes.tensor * axes.context)
+    scores = probabilities(run, shape.heads * answers * longest / (axes.tensor * axes.context))
     kept = layers * (tokens * layer * word + scores)
     if run.learner.checkpointing:
         kept = tokens * (layers * shape.hidden / (axes.tensor * axes.context) + layer) * word + scores
@@ -360,9 +360,9 @@ def update(
     return found | ({"gathered weights": whole} if whole else {})
 
 
-def probabilities(run: Run, shape: Shape, pairs: int) -> int:
-    """Bytes that a layer keeps of so many (query, key) pairs of answers, where a CPU writes them out."""
-    size = shape.heads * pairs * FLOAT
+def probabilities(run: Run, scores: float) -> float:
+    """Bytes that a layer keeps of so many scores of answers, where a CPU writes them out."""
+    size = scores * FLOAT
     return size if run.model.dtype == "fp32" and size <= SCORES and pick(run.device).type == "cpu" else 0
 
 

@@ -89,4 +89,4 @@ def adapter_weights(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
 
 def adapter_key(name: str) -> str:
     """The name in an adapter's file of a parameter of an adapted model."""
-    return name.replace(".default.", ".")
+    return name.replace(".default.", ".").removesuffix(".default")

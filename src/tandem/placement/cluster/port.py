@@ -301,9 +301,14 @@ def placed_until(group: PlacementGroup, wanted: Sequence[Mapping[str, float]], d
 
 
 def asked_and_free(wanted: Sequence[Mapping[str, float]]) -> str:
-    need = {kind: sum(bundle.get(kind, 0) for bundle in wanted) for kind in ("CPU", "GPU")}
-    free = {kind: available_resources().get(kind, 0) for kind in need}
-    return " and ".join(f"{need[kind]:g} {kind} needed, {free[kind]:g} free" for kind in need if need[kind])
+    free, said = available_resources(), []
+    for kind in ("CPU", "GPU"):
+        parts = [bundle[kind] for bundle in wanted if kind in bundle]
+        if parts:
+            said.append(
+                f"{sum(parts):g} {kind} needed, up to {max(parts):g} on one node, {free.get(kind, 0):g} free on all"
+            )
+    return " and ".join(said)
 
 
 def separate(group: PlacementGroup, bundles: Sequence[Mapping[str, float]]) -> list[PlacementGroup]:

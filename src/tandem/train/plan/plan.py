@@ -136,6 +136,9 @@ def plan(
             f"model's {shape.positions:,} positions; lower data.max_prompt_tokens or sampling.max_answer_tokens"
         )
     check_layouts(run, None)
+    if rates.host_memory:
+        # What is estimated for a device that is not there must not depend on one that is.
+        run = run.model_copy(update={"device": "meta"})
     made = Plan(run=run, shape=shape, lengths=lengths, rates=rates, count=count, per_node=per_node)
     given = Variant(run=run, roles=roles_of(run, shape))
     offers = Search(made, given, Rules(config, shape.experts, per_node), offload).offers()
