@@ -302,6 +302,22 @@ def test_tokens_are_of_the_weights_that_their_version_says(tmp_path, monkeypatch
     assert len(set(pids(tmp_path / "run", "engine"))) > 3
 
 
+@needs_ray
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_goes_on_with_new_weights_in_the_middle_of_an_answer(tmp_path, monkeypatch):
+    """With a lag of two, and few answers at a time."""
+    run, rows, records = run_in(
+        tmp_path,
+        monkeypatch,
+        # On a CPU vLLM has no attention for narrower heads.
+        model={"new": {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "max_positions": 256}},
+        sampling={"max_lag": 2, "in_flight": True, "max_answer_tokens": 90},
+        engine={"kind": "vllm", "kv_cache_mb": 64, "eager": True, "max_model_len": 192, "max_num_seqs": 4},
+    )
+    assert held_against_their_weights(tmp_path, run, records) > 0
+    assert len(rows) == run.steps and max(row["rollout/lag_max"] for row in rows) <= 2
+
+
 @pytest.mark.parametrize("changes", [
     {"placement": {"kind": "inline"}, "sampling": {"max_lag": 1}},
     {"placement": {"kind": "apart"}, "sampling": {"max_lag": 0}},
