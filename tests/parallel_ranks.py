@@ -108,6 +108,7 @@ CASES = {
         "sequence, recomputed, head in chunks": Case(
             layout={"tensor": 2}, learner={"checkpointing": True}, chunks=True
         ),
+        "shard, weights on the host": Case(layout={"offload_parameters": True}),
         "shard, gradients on the host": Case(layout={"offload_gradients": True}),
         "shard, optimizer on the host": Case(layout={}, optimizer={"offload": True}),
         "shard, gradients and optimizer on the host": Case(
