@@ -79,6 +79,13 @@ class Engines:
         """Of the threads that look after the engines."""
         self._closing = self._awake = False
 
+    def fill(self) -> None:
+        """Start an engine in each vacant seat whose time has come; it is being made when this returns."""
+        for seat in self.seats:
+            if seat.worker is None and time.monotonic() >= seat.vacant_until:
+                seat.worker, seat.version = self._spawn(seat.number), None
+                seat.taking = (seat.worker.call("build"), None)
+
     def update(self, parcel: Parcel) -> None:
         """All engines take a version of the weights; those that are lost do so when they are back."""
         self._offered = parcel
@@ -189,13 +196,11 @@ class Engines:
         return self._ready(seat) and seat.work is None
 
     def _tend(self) -> None:
-        """Fill vacant seats whose time has come, and bring those behind to the weights offered last."""
+        """Fill vacant seats, and bring those behind to the weights offered last."""
         assert self._offered is not None, "engines get weights before they are asked for answers"
         self._parcel, self.version = self._offered, self._offered.offer.version
+        self.fill()
         for seat in self.seats:
-            if seat.worker is None and time.monotonic() >= seat.vacant_until:
-                seat.worker, seat.version = self._spawn(seat.number), None
-                seat.taking = (seat.worker.call("build"), None)
             if seat.worker is not None and seat.taking and seat.work is None:
                 self._finish_taking(seat)
         if self._road.waits(any(self._awaited(seat) or self._pauses(seat) for seat in self.seats)):

@@ -56,7 +56,10 @@ class Placed:
         return self.run.placement.kind == "colocated"
 
     def build_learners(self, start: Path | None, reference: Path | None) -> Facts:
-        """Load the models of all learners."""
+        """Load the models of all learners. Engines on devices of their own are made meanwhile; one that shares a device
+        measures what is left of it."""
+        if not self.shared:
+            self.engines.fill()
         timeout_s = self.run.placement.start_timeout_s
         for worker in self.learners.workers:
             worker.place = worker.call("place").result(timeout_s)
