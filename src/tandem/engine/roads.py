@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tandem.engine.weights import Offer, TensorSpec, Weights, announced, checksum, compare
 from tandem.errors import RunError
+from tandem.model.parallel.meeting import meet
 
 BUCKET = 1 << 28
 """Bytes that a broadcast sends, and a file holds, at a time; a larger tensor goes alone."""
@@ -188,8 +189,8 @@ class BroadcastRoad:
         self.rank, self.size, self.device = rank, size, device
         self.timeout = timedelta(seconds=timeout_s)
         try:
-            self._store = dist.TCPStore(host, port, None, rank == 0, self.timeout, wait_for_workers=False)
-        except RuntimeError as cause:
+            self._store = meet(host, port, rank == 0, self.timeout)
+        except (OSError, RuntimeError) as cause:
             raise self._nobody(cause) from cause
         self.port = self._store.port
         self._group: Any = None
@@ -258,7 +259,7 @@ class BroadcastRoad:
     def close(self) -> None:
         self._group = None
 
-    def _nobody(self, cause: RuntimeError) -> RoadBroken:
+    def _nobody(self, cause: OSError | RuntimeError) -> RoadBroken:
         return RoadBroken(
             f"rank {self.rank} of {self.size} found no group for the weights within {self.timeout}: {cause}"
         )

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tandem.config.layout import Layout
 from tandem.errors import ConfigError, RunError
+from tandem.model.parallel.meeting import meet
 from tandem.model.parallel.mesh import Mesh
 from tandem.model.parallel.share import shares
 from tandem.types import Batch
@@ -123,13 +124,9 @@ def connect(rank: int, world: int, address: str, device: torch.device, timeout_s
         if device.type == "cpu"
         else f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     )
+    timeout, (host, _, port) = timedelta(seconds=timeout_s), address.rpartition(":")
     try:
-        dist.init_process_group(
-            backend,
-            init_method=f"tcp://{address}",
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(seconds=timeout_s),
-        )
-    except (dist.DistError, RuntimeError, ValueError) as cause:
+        store = meet(host, int(port), rank == 0, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    except (OSError, RuntimeError, ValueError) as cause:
         raise RunError(f"process {rank} of {world} cannot join the others at {address}: {cause}") from cause
