@@ -13,14 +13,25 @@ def extract(source: Path, target: Path) -> Path:
     """Write the policy of a checkpoint, or of a run's newest one, into `target`; of a run with an adapter its PEFT
     folder. No process but this one is needed, whatever the layout was. Returns the real path."""
     # Imported here: it brings torch.distributed along, which finding a checkpoint does without.
+    from torch.distributed.checkpoint import CheckpointException
+
     from tandem.checkpoint.sharded import export_sharded
 
     checkpoint = checkpoint_of(source)
-    if (checkpoint / "sharded").is_dir():
-        return export_sharded(checkpoint / "sharded", target)
-    if not (checkpoint / "model").is_dir():
-        raise RunError(f"{checkpoint} holds no model; it was not made by a run of Tandem's")
-    return export(lambda place: shutil.copytree(checkpoint / "model", place, dirs_exist_ok=True), target)
+    pieces, whole = checkpoint / "sharded", checkpoint / "model"
+    try:
+        if pieces.is_dir():
+            return export_sharded(pieces, target)
+        if not whole.is_dir():
+            raise RunError(f"{checkpoint} holds no model; it was not made by a run of Tandem's")
+        return export(lambda place: shutil.copytree(whole, place, dirs_exist_ok=True), target)
+    except (RunError, CheckpointException) as cause:
+        if checkpoint.is_dir():
+            raise
+        raise RunError(
+            f"{checkpoint} was retired by its run while it was read; the same command takes a newer one. A larger "
+            "checkpoint.keep leaves more time"
+        ) from cause
 
 
 def checkpoint_of(source: Path) -> Path:

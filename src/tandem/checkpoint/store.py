@@ -70,6 +70,9 @@ def newest(folder: Path, *, strict: bool = False) -> Path | None:
         problems = verify(path)
         if not problems:
             return path
+        if not path.exists():
+            # A run that goes on has retired it, so there is a newer one.
+            return newest(folder, strict=strict)
         broken.append(f"checkpoint {path} is broken: {list_problems(problems)}")
         if strict:
             raise RunError(f"{broken[0]}. Move it away, or resume without strict to use an older one")
