@@ -45,6 +45,8 @@ def section(record: dict[str, Any], file: str) -> str:
 
 
 def sizes(name: str, case: dict[str, Any]) -> str:
+    if "bytes" in case:
+        return f"**{name}**: {case['bytes'] / 1e6:,.0f} MB of weights."
     prompts = case["prompts"]
     each = case.get("prompts_per_step", len(prompts))
     lengths = f"{min(prompts)} to {max(prompts)}" if min(prompts) != max(prompts) else f"{prompts[0]:,}"
@@ -211,12 +213,25 @@ def scaling_table(case: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
+def transfer_table(case: dict[str, Any]) -> str:
+    """What a proof adds is to the same road without one."""
+    bare = {row["contender"]: row["median_seconds"] for row in case["rows"] if row["setting"] == "none"}
+    rows = []
+    for row in case["rows"]:
+        added = row["median_seconds"] - bare[row["contender"]]
+        proof = "-" if row["setting"] == "none" else f"{added:.3f}"
+        rate = f"{case['bytes'] / row['median_seconds'] / 1e6:,.0f}"
+        rows.append([row["contender"], row["setting"], spread(row), rate, proof])
+    return table(["road", "proof", "seconds", "MB/s", "the proof adds, s"], rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "rollout": rollout_table,
     "grpo_step": step_table,
     "compiled": compiled_table,
     "placement": placement_table,
     "scaling": scaling_table,
+    "transfer": transfer_table,
 }
 
 

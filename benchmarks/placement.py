@@ -31,7 +31,10 @@ PLACEMENTS = {
     "inline, lag 1": ["threads=2", "sampling.max_lag=1"],
     "apart, lag 0": [*APART],
     "apart, lag 1": [*APART, "sampling.max_lag=1"],
+    "apart, lag 1, in flight": [*APART, "sampling.max_lag=1", "sampling.in_flight=true"],
     "apart, lag 1, 2 learners": [*APART, "sampling.max_lag=1", "placement.learners=2"],
+    "apart, lag 1, 2 engines": [*APART, "sampling.max_lag=1", "placement.engines=2"],
+    "colocated": ["placement.kind=colocated", "threads=1"],
 }
 STEPS = 12
 SKIPPED = 2

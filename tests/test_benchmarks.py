@@ -15,6 +15,7 @@ import regression
 import rollout
 import scaling
 import torch
+import transfer
 from contenders import tandem_engine, trl_gradient
 from contenders.stopwatch import until_end
 from contest import Entry, Row, best, check, race, ratio
@@ -104,6 +105,18 @@ def test_a_step_is_raced(tmp_path, monkeypatch, capsys):
     assert all("exit status" in row["not_run"] for row in case["rows"][1:])
     assert "trl_gradient" in case["gate"]["not_run"]
     assert last["ratio_vs_trl"] is last["memory_ratio_vs_trl"] is None
+
+
+def test_transfers_are_timed_by_road_and_proof(tmp_path, monkeypatch, capsys):
+    size = ["--hidden", "64", "--layers", "2", "--vocab", "400", "--rounds", "2"]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *size, "--out", str(tmp_path)])
+    transfer.main()
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(last["seconds"])[3:6] == ["files, none", "files, checksums", "files, checksums and probe"]
+    case = json.loads((tmp_path / "transfer-64.json").read_text())["cases"]["one engine"]
+    assert case["bytes"] == 4 * (2 * (64 * 64 * 3 + 64 * 2 + 3 * 64 * 256 + 2 * 64) + 400 * 64 + 64)
+    assert all(len(row["seconds"]) == 2 and row["median_seconds"] > 0 for row in case["rows"])
+    assert document.transfer_table(case).count("| checksums and probe |") == 3
 
 
 @pytest.mark.alone

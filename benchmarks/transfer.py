@@ -1,0 +1,124 @@
+"""Weights to an engine with a copy of them: seconds by road, and what the proof that they arrived whole costs.
+
+    python benchmarks/transfer.py
+
+Sender and receiver are on this machine; of a broadcast they are two threads that meet on loopback. Writes
+benchmarks/results/transfer-SIZE.json and ends with one line of JSON.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import machine
+import results
+import torch
+from shape import Shape, small
+
+from tandem.config.sections import Model
+from tandem.engine.probe import probe_of
+from tandem.engine.receiver import ReceivingEngine
+from tandem.engine.roads import BroadcastRoad, FilesRoad, MemoryRoad
+from tandem.engine.weights import ModelWeights
+from tandem.model import LanguageModel, load, tokenizer_of
+
+CPU = torch.device("cpu")
+PROOFS = ("none", "checksums", "checksums and probe")
+
+
+class Way:
+    """A sender and its receiver: `send(version, verify)` returns when the engine has that version."""
+
+    def __init__(self, road: str, sender: LanguageModel, receiver: LanguageModel) -> None:
+        self.weights, self._pool = ModelWeights(sender), ThreadPoolExecutor(1)
+        self.road: Any = MemoryRoad() if road == "memory" else FilesRoad()
+        theirs = self.road
+        self._broadcast = road == "broadcast"
+        if self._broadcast:
+            self.road = BroadcastRoad("127.0.0.1", 0, 0, 2, CPU)
+            theirs = BroadcastRoad("127.0.0.1", self.road.port, 1, 2, CPU)
+            joined = self._pool.submit(theirs.connect)
+            self.road.connect()
+            joined.result()
+        self.engine = ReceivingEngine(receiver, theirs, slots=1)
+
+    def send(self, version: int, verify: bool) -> None:
+        offer = self.road.offer(version, self.weights, verify=verify)
+        taking = self._pool.submit(self.engine.update, offer)
+        if self._broadcast:
+            self.road.send(offer, self.weights)
+        taking.result()
+
+
+def timed(act: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    act()
+    return time.perf_counter() - began
+
+
+def transfer(way: Way, sender: LanguageModel, version: int, proof: str) -> None:
+    """As a run does it: the trainer's probe, the weights, and the engine's word on the probe."""
+    probe = probe_of(sender, torch.float32) if proof == PROOFS[2] else None
+    way.send(version, proof != PROOFS[0])
+    if probe is not None:
+        probe.check("the engine", version, way.engine.score([probe.tokens])[0])
+
+
+def measure(sender: LanguageModel, receiver: LanguageModel, rounds: int) -> list[dict[str, Any]]:
+    ways = {road: Way(road, sender, receiver) for road in ("memory", "files", "broadcast")}
+    seconds: dict[tuple[str, str], list[float]] = {(road, proof): [] for road in ways for proof in PROOFS}
+    load: dict[tuple[str, str], list[float]] = {key: [] for key in seconds}
+    version = 0
+    # The first round warms up.
+    for turn in range(rounds + 1):
+        for key in seconds:
+            version += 1
+            before = machine.load()
+            took = timed(partial(transfer, ways[key[0]], sender, version, key[1]))
+            if turn:
+                seconds[key].append(took)
+                load[key].append(before)
+    ways["files"].road.close()
+    return [
+        {
+            "contender": road,
+            "setting": proof,
+            "median_seconds": round(median(seconds[road, proof]), 4),
+            "seconds": [round(s, 4) for s in seconds[road, proof]],
+            "load": load[road, proof],
+        }
+        for road, proof in seconds
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Seconds of a transfer of weights, by road and proof")
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocab", type=int, default=32768)
+    parser.add_argument("--rounds", type=int, default=5, help="transfers of each kind, alternating")
+    parser.add_argument("--out", help="folder of the results; benchmarks/results unless given")
+    args = parser.parse_args()
+    args.device, args.repeats, args.threads = "cpu", 1, torch.get_num_threads()
+    shape: Shape = small(args.hidden, args.layers, args.vocab)
+    with tempfile.TemporaryDirectory() as folder:
+        shape.write(Path(folder))
+        config = Model(path=folder, dtype="fp32")
+        sender, receiver = (load(config, tokenizer_of(config), CPU) for _ in range(2))
+    rows = measure(sender, receiver, args.rounds)
+    case = {"bytes": sum(tensor.nbytes for _, tensor in ModelWeights(sender)), "rows": rows}
+    print(results.write("transfer", args, shape, {"one engine": case}), file=sys.stderr)
+    medians = {f"{row['contender']}, {row['setting']}": row["median_seconds"] for row in rows}
+    print(json.dumps({"benchmark": "transfer", "seconds": medians}))
+
+
+if __name__ == "__main__":
+    main()
