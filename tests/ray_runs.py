@@ -7,8 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tandem.journal import read_metrics, repeatable
 
 RAY = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
 RECIPES = Path(__file__).parents[1] / "recipes" / "runs"
+LOG = re.compile(r"node (\w+) at .* pid (\d+)")
 PID = re.compile(r"tandem\.worker (\w+)-(\d+): .* pid (\d+)")
 SMALL = {
     "steps": 20,
@@ -32,6 +33,8 @@ SMALL = {
 """Over the recipe of `small_recipe`: with a reference and evaluation."""
 IMPATIENT_RAY = {"RAY_NUM_REDIS_GET_RETRIES": "2"}
 """Each of which takes a second; it tries as often where it is refused."""
+ENDS_S = 300
+"""Longest wait for a run to end: its processes start within seconds or, beside other work, within minutes."""
 CALLER = """
 import sys, ray
 try:
@@ -220,3 +223,31 @@ class JoinedNodes:
 def children(pid: int) -> list[psutil.Process]:
     """All below a process; none where it is gone."""
     return psutil.Process(pid).children(recursive=True) if psutil.pid_exists(pid) else []
+
+
+@contextmanager
+def driver(
+    nodes: JoinedNodes, said: Path, *command: object, folder: Path | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of Python in that cluster; what it prints goes to a file."""
+    with said.open("w") as output:
+        words = [sys.executable, *map(str, command)]
+        process = subprocess.Popen(
+            words, env=nodes.environ, stdout=output, stderr=subprocess.STDOUT, cwd=folder
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def text(said: Path) -> str:
+    """Without line breaks."""
+    return " ".join(said.read_text().split())
+
+
+def places(folder: Path) -> dict[str, list[tuple[str, int]]]:
+    """Node and process of each worker's lives."""
+    logs = (folder / "run" / "logs").glob("*.log")
+    return {log.stem: [(n, int(pid)) for n, pid in LOG.findall(log.read_text())] for log in logs}

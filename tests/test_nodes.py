@@ -1,31 +1,29 @@
 """A cluster of several nodes, all on this machine, which loses one of them in the middle of a run."""
 
 import json
-import re
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from ray_runs import (
+    ENDS_S,
     IMPATIENT_RAY,
     RECIPES,
     SMALL,
     JoinedNodes,
     alive,
     caller,
+    driver,
     end,
     family,
+    places,
     small,
     steps_done,
+    text,
     trajectory,
     wait_until,
 )
@@ -42,7 +40,6 @@ from tandem.train.run import Launch, train
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 
-LOG = re.compile(r"node (\w+) at .* pid (\d+)")
 CHANGES = SMALL | {
     "eval": {"every": None},
     # Most of a step is sampling.
@@ -61,8 +58,6 @@ PLACED = {"kind": "apart", "engines": 2, "spread": True, "backoff_s": 0.1}
 COMPARED = 12
 """Steps of which the first few are sampled by all engines."""
 SIZE = "--num-cpus=2"
-ENDS_S = 300
-"""Longest wait for a run to end: its processes start within seconds or, beside other work, within minutes."""
 IMPATIENT = """
 from tandem.cli import main
 from tandem.placement.cluster.engines import Engines
@@ -135,34 +130,6 @@ def whole(tmp_path_factory) -> list[dict]:
     return trajectory(folder / "run")[:COMPARED]
 
 
-@contextmanager
-def driver(
-    nodes: JoinedNodes, said: Path, *command: object, folder: Path | None = None
-) -> Iterator[subprocess.Popen]:
-    """A process of Python in that cluster; what it prints goes to a file."""
-    with said.open("w") as output:
-        words = [sys.executable, *map(str, command)]
-        process = subprocess.Popen(
-            words, env=nodes.environ, stdout=output, stderr=subprocess.STDOUT, cwd=folder
-        )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def text(said: Path) -> str:
-    """Without line breaks."""
-    return " ".join(said.read_text().split())
-
-
-def places(folder: Path) -> dict[str, list[tuple[str, int]]]:
-    """Node and process of each worker's lives."""
-    logs = (folder / "run" / "logs").glob("*.log")
-    return {log.stem: [(n, int(pid)) for n, pid in LOG.findall(log.read_text())] for log in logs}
-
-
 def kill_node(pid: int) -> None:
     """End the Ray node that a process belongs to, all at once, as when a machine fails."""
     raylet = psutil.Process(pid).parent()
@@ -185,7 +152,7 @@ def held_against(whole: list[dict], ours: list[dict]) -> None:
 
 
 @pytest.mark.parametrize("more", [
-    {"placement.learners": 1, "placement.engines": 2},
+    {"placement.learners": 1, "placement.engines": 2, "algorithm.kl.coef": 0.0},
     {
         "placement.learners": 2,
         "placement.engines": 1,
@@ -195,7 +162,7 @@ def held_against(whole: list[dict], ours: list[dict]) -> None:
 ])  # fmt: skip
 def test_a_cluster_joined_by_address_runs_its_recipe(nodes, tmp_path, more):
     """No folder is shared: all weights, or those of an adapter that two learners hold together, reach vLLM through
-    Ray, and every answer is of the version that it should be."""
+    Ray, and every answer is of the version that it should be. The recipe's reference is there where it is free."""
     folder = tmp_path / "model"
     tokenizer = new_tokenizer()
     LanguageModel(new_network(WIDE_HEADS, tokenizer, 0), tokenizer, "base").save(folder)
@@ -211,7 +178,6 @@ def test_a_cluster_joined_by_address_runs_its_recipe(nodes, tmp_path, more):
         "reference.refresh_every": "null",
         "placement.address": nodes.address,
         "placement.spread": "true",
-        "algorithm.kl.coef": 0.0,
         "reward.functions": f"[{{name: '{REWARD}:scrambled'}}]",
         **VLLM,
         **more,
@@ -225,6 +191,8 @@ def test_a_cluster_joined_by_address_runs_its_recipe(nodes, tmp_path, more):
     gaps = [row["rollout/logp_gap_max"] for row in rows]
     assert gaps[0] < 1e-4 < min(gaps[1:]), "then the answers are of the version before"
     assert [row["rollout/lag_max"] for row in rows] == [0, 1, 1]
+    moved = [row.get("kl/reference", 0.0) > 0 for row in rows]
+    assert moved == [False, *["model.lora" in more] * 2]
 
 
 @pytest.mark.parametrize(("changed", "said"), [({}, "in"), ({"RAY_AUTH_MODE": "disabled"}, "refused")])
@@ -243,42 +211,6 @@ def test_a_run_with_another_token_ends_with_what_to_do(nodes, tmp_path):
         in ended.stderr
     )
     assert "the same token must be set; see docs/cluster.md" in ended.stderr
-
-
-def test_learners_need_not_see_the_run_folder(tmp_path):
-    """Two of them go on with a run that one process began, on a node with nothing where the driver has it: checkpoint
-    and moved reference go there, checkpoint and model come back, and the run is that of one process."""
-    if subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode:
-        pytest.skip("this user cannot hide a folder from a process")
-    changes = CHANGES | {
-        "steps": 6,
-        "algorithm": {"advantage": "gae", "scale": "none", "kl": {"coef": 0.05}},
-        "reference": {"refresh_every": 2},
-    }
-    one, here, said = tmp_path / "one", tmp_path / "here", tmp_path / "said"
-    paths = {}
-    for folder in one, here:
-        folder.mkdir()
-        paths[folder] = recipe(folder, **changes)
-    train(load(paths[one]), Launch(recipe="whole"))
-    train(load(paths[here], ["steps=3"]), Launch(recipe="begun"))
-    with JoinedNodes(tmp_path, "--num-cpus=0", port=6398) as nodes:
-        hidden = f'mount -t tmpfs -o ro none {here} && exec "$@"'
-        words = [f"--address={nodes.address}", "--num-cpus=3"]
-        nodes.start(*words, within=["unshare", "--mount", "sh", "-c", hidden, "sh"])
-        placed = f"placement={{kind: apart, address: '{nodes.address}', learners: 2}}"
-        command = ["-m", "tandem", "train", paths[here], placed, "run_dir=run"]
-        with driver(nodes, said, *command, folder=here) as process:
-            assert process.wait(timeout=ENDS_S) == 0, said.read_text()
-    assert newest(here / "run" / "checkpoints", strict=True).name == "step_00000006"
-    rows = ([row for row in trajectory(folder / "run") if "grad_norm" in row] for folder in (here, one))
-    for ours, other in zip(*rows, strict=True):
-        assert ours["step"] == other["step"] and ours["reward/mean"] == other["reward/mean"]
-        for name in ("grad_norm", "critic/value_loss", "kl/reference"):
-            assert ours[name] == pytest.approx(other[name], rel=1e-3, abs=1e-7), name
-    for name, weight in load_file(here / "run" / "model" / "model.safetensors").items():
-        theirs = load_file(one / "run" / "model" / "model.safetensors")[name]
-        torch.testing.assert_close(weight, theirs, atol=1e-3, rtol=1e-3)
 
 
 def test_room_that_another_run_takes_first_is_waited_for_with_nothing_held(nodes, tmp_path):
@@ -304,15 +236,23 @@ def test_room_that_another_run_holds_is_waited_for_and_said(nodes, tmp_path):
 
 
 def test_a_killed_driver_leaves_nothing_on_a_cluster_that_is_not_its_own(nodes, tmp_path):
-    said, placed = tmp_path / "said", PLACED | {"address": nodes.address}
-    # In files, of which something could stay.
-    changes = CHANGES | {"steps": 5000, "engine": {"transfer": "files"}}
-    path = recipe(tmp_path, **changes, placement=placed)
-    with driver(nodes, said, "-m", "tandem", "train", path) as process:
-        wait_until("two steps are done", lambda: steps_done(tmp_path / "run") >= 2)
+    """The words of docs/cluster.md for a smaller model; with weights in files, of which something could stay."""
+    said, run = tmp_path / "said", tmp_path / "run"
+    overrides = small(tmp_path, **{
+        "steps": 5000,
+        "warmup": "null",
+        "model.new.hidden_size": 64,
+        "engine.transfer": "files",
+        "placement.address": nodes.address,
+        "placement.engines": 2,
+        "placement.spread": "true",
+    })  # fmt: skip
+    with driver(nodes, said, "-m", "tandem", "train", RECIPES / "node.yaml", *overrides) as process:
+        wait_until("two steps are done", lambda: steps_done(run) >= 2)
+        assert len({node for lives in places(tmp_path).values() for node, _ in lives}) == 2
         workers = [psutil.Process(pid) for lives in places(tmp_path).values() for _, pid in lives]
         own = family(process.pid)
-        left = weights_root(load(path), tmp_path / "run")
+        left = weights_root(load(RECIPES / "node.yaml", overrides), run)
         assert list(left.glob("v*"))
         end(process.pid)
     assert len(workers) == 3 and len(own) > 1
