@@ -11,6 +11,7 @@ from parallel_ranks import (
     CPU,
     Case,
     go_on,
+    reads_at_most,
     save_and_go_on,
     single,
     spread,
@@ -118,6 +119,8 @@ def everything(rank: int, world: int, address: str, place: str) -> None:
         go_on(case({}, **keys), folder, folder / name, "shard", rank)
     for layout, sizes in FROM_ONE.items():
         take_over_from_one(case(sizes, **EVERYWHERE), folder, f"adapter {layout}", rank)
+    reads_at_most(0.52, case({"expert": 2}), folder)
+    reads_at_most(0.52, case({"expert": 2}, "qwen2_moe"), folder)
     reference_in_another_layout(folder)
     actor = spread(case({"expert": 2}), folder)
     actor.model.save_merged(folder / "export")

@@ -9,18 +9,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
+import pytest
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing import start_processes
 
+from slices import counted_reads, weight_bytes
 from tandem.checkpoint.sharded import read_sharded, write_sharded
 from tandem.config import Run
 from tandem.config.layout import Layout
 from tandem.config.sections import Model
 from tandem.engine.probe import policy_logp, probe_tokens
+from tandem.errors import ConfigError
 from tandem.learner import Actor
 from tandem.model import load
 from tandem.model.asleep import Asleep
@@ -96,6 +97,8 @@ CASES = {
         "sequence untied": Case(layout={"tensor": 2}, family="qwen2_untied"),
         "tensor head norms": Case(layout={"tensor": 2, "sequence": False}, family="qwen3"),
         "sequence head norms": Case(layout={"tensor": 2}, family="qwen3"),
+        "sequence mistral": Case(layout={"tensor": 2}, family="mistral"),
+        "shard mistral": Case(layout={}, family="mistral"),
         "context one key head": Case(layout={"context": 2}, family="llama"),
         "shard lora": Case(layout={}, lora=True),
         "replicate lora": Case(layout={"replicate": 2}, lora=True),
@@ -125,6 +128,9 @@ SAVED = {
 }
 """Saved by 4 processes, resumed by 2 in each of these layouts."""
 RESUMED = {"shard": {}, "tensor": {"tensor": 2, "sequence": False}, "context": {"context": 2}}
+FEWER = Case(layout={"tensor": 2})
+"""Saved by 2 processes, resumed by 4 in each of these layouts."""
+MORE = {"shard of 4": {}, "shard x tensor": {"tensor": 2}, "context x tensor": {"context": 2, "tensor": 2}}
 
 
 def single(case: Case, folder: Path) -> tuple[Actor, Experience]:
@@ -179,11 +185,21 @@ def everything(rank: int, world: int, address: str, place: str) -> None:
         for name, case in SAVED.items():
             for layout, sizes in RESUMED.items():
                 take_over_from_one(replace(case, layout=sizes), folder, f"{name} {layout}", rank)
+        save_and_go_on(FEWER, folder, folder / "saved fewer", rank)
         slices_only(folder)
+        weights_in_pickles_are_refused(folder)
         copies_are_summed_once_per_update(folder)
         a_new_model_is_the_same()
         reference_in_another_layout(folder)
         export_while_training(folder)
+
+
+def more(rank: int, world: int, address: str, place: str) -> None:
+    """What goes on with what fewer processes have saved."""
+    torch.set_num_threads(1)
+    connect(rank, world, address, CPU, timeout_s=120)
+    for layout, sizes in MORE.items():
+        go_on(replace(FEWER, layout=sizes), Path(place), Path(place) / "saved fewer", layout, rank)
 
 
 def update(case: Case, folder: Path, out: Path, rank: int) -> None:
@@ -218,8 +234,10 @@ def go_on(case: Case, folder: Path, saved: Path, layout: str, rank: int) -> None
     actor = spread(case, folder)
     read_sharded(saved, actor.model, actor.optimizer)
     assert actor.optimizer.updates == 2
-    for name, values in load_file(f"{saved} masters.safetensors").items():
-        assert torch.equal(masters_of(actor)[name], values), f"{layout}: master of {name}"
+    masters, saved_masters = masters_of(actor), load_file(f"{saved} masters.safetensors")
+    assert masters.keys() == saved_masters.keys()
+    for name, values in saved_masters.items():
+        assert torch.equal(masters[name], values), f"{layout}: master of {name}"
     asleep = Asleep(actor.tensors, CPU)
     assert asleep.nbytes > sum(weight.nbytes for weight in actor.optimizer.masters.values())
     asleep.wake()
@@ -255,50 +273,28 @@ def take_over_from_one(case: Case, folder: Path, name: str, rank: int) -> None:
         save_file(later, folder / f"from one {name}.safetensors")
 
 
-class Counting:
-    """`safe_open` that counts the bytes of the slices taken."""
-
-    read = 0
-
-    def __init__(self, *args: Any, **keys: Any) -> None:
-        self._file = safe_open(*args, **keys)
-
-    def __enter__(self) -> "Counting":
-        self._file = self._file.__enter__()
-        return self
-
-    def __exit__(self, *cause: Any) -> None:
-        self._file.__exit__(*cause)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def get_slice(self, name: str) -> "CountingSlice":
-        return CountingSlice(self._file.get_slice(name))
-
-
-class CountingSlice:
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        part = self._inner[index]
-        Counting.read += part.nbytes
-        return part
-
-
 def slices_only(folder: Path) -> None:
     """Of two processes each reads half of a folder; where weights are only split over tensor, the norms too."""
-    total = sum(t.nbytes for t in load_file(folder / "qwen2_untied" / "model.safetensors").values())
-    safetensors.safe_open = Counting
-    for sizes, most in (({}, 0.5), ({"context": 2}, 0.5), ({"tensor": 2}, 0.52), ({"pipeline": 2}, 0.55)):
-        Counting.read = 0
-        spread(Case(layout=sizes, family="qwen2_untied"), folder)
-        assert 0.45 * total < Counting.read <= most * total, (sizes, Counting.read / total)
-    safetensors.safe_open = safe_open
+    reads_at_most(0.5, Case(layout={}, family="qwen2_untied"), folder)
+    reads_at_most(0.5, Case(layout={"context": 2}, family="qwen2_untied"), folder)
+    reads_at_most(0.52, Case(layout={"tensor": 2}, family="qwen2_untied"), folder)
+    reads_at_most(0.55, Case(layout={"pipeline": 2}, family="qwen2_untied"), folder)
+    # Its weights lie in many files.
+    reads_at_most(0.5, Case(layout={}, family="qwen3"), folder)
+    reads_at_most(0.52, Case(layout={"tensor": 2}, family="qwen3"), folder)
+
+
+def reads_at_most(share: float, case: Case, folder: Path) -> None:
+    """Of the bytes of its folder, and not much less than half of them."""
+    total = weight_bytes(folder / case.family)
+    with counted_reads() as counted:
+        spread(case, folder)
+    assert 0.45 * total < counted.read <= share * total, (case, counted.read / total)
+
+
+def weights_in_pickles_are_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"bin lacks [0-9]+ weights: .* use a whole folder"):
+        spread(Case(layout={}, family="bin"), folder)
 
 
 def copies_are_summed_once_per_update(folder: Path) -> None:
@@ -356,21 +352,6 @@ def reference_in_another_layout(folder: Path) -> None:
     actor.update([part, part], 0.05)
     assert torch.allclose(base.logprobs(part), start_BT, atol=1e-5)
     assert not torch.allclose(actor.logprobs(part), start_BT, atol=1e-2)
-
-
-def offloaded(rank: int, world: int, address: str, place: str) -> None:
-    """Parameters in host memory, computed on the accelerator."""
-    device, folder = torch.device("cuda"), Path(place)
-    connect(rank, world, address, device, timeout_s=120)
-    case = Case(layout={"offload_parameters": True})
-    _, part = single(case, folder)
-    grid = Grid(Layout.model_validate(case.layout), device, "learner.layout")
-    actor = actor_of(case.run(folder), load_sharded(case.model(folder), new_tokenizer(), grid))
-    assert all(weight.device.type == "cpu" for weight in actor.model.trainable().values())
-    actor.update([part, part], 0.05)
-    save_file(
-        {name: weight.cpu() for name, weight in actor.model.weights()}, folder / "offloaded.safetensors"
-    )
 
 
 def export_while_training(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Loss, gradient norm and updated weights on many processes are those of one, and no process reads another's part."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,18 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
+from offload_ranks import OFFLOADED, offloaded
 from parallel_ranks import (
     CASES,
     CPU,
+    MORE,
     PROBE,
     RESUMED,
     SAVED,
     Case,
     everything,
     launch,
-    offloaded,
+    more,
     saved_by_one,
     single,
     weights_of,
@@ -38,22 +41,27 @@ from tandem.model.parallel.tensor import split
 from tiny_models import network
 from tiny_step import batch, run
 
-FAMILIES = ("qwen2_grouped", "qwen2_untied", "qwen3", "llama")
+FAMILIES = ("qwen2_grouped", "qwen2_untied", "qwen3", "llama", "mistral")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which 4 and then 2 processes have worked. Of one model it has many files, of another bfloat16."""
+    """The folder in which 4, then 2, then 4 processes have worked. Of one model it has many files, of another bfloat16,
+    of one pickles alone."""
     made = tmp_path_factory.mktemp("parallel")
     for family in FAMILIES:
         model = network(family).bfloat16() if family == "llama" else network(family)
         model.save_pretrained(made / family, max_shard_size="20KB" if family == "qwen3" else "1GB")
         new_tokenizer().save_pretrained(made / family)
     assert len(list((made / "qwen3").glob("*.safetensors"))) > 2
+    (made / "bin").mkdir()
+    network("llama").config.save_pretrained(made / "bin")
+    torch.save(network("llama").state_dict(), made / "bin" / "pytorch_model.bin")
     for name, case in SAVED.items():
         saved_by_one(case, made, made / f"one {name}")
     for world in CASES:
         launch(everything, world, made)
+    launch(more, 4, made)
     return made
 
 
@@ -74,6 +82,7 @@ def test_many_processes_do_what_one_does(place, world, name):
     for key, weight in weights.items():
         torch.testing.assert_close(theirs[key], weight, atol=1e-5, rtol=1e-5, msg=key)
     found = json.loads((place / f"{world} {name}.json").read_text())
+    assert found.keys() == figures.keys()
     for key, value in found.items():
         # A ratio is the exponential of a difference of log-probabilities.
         close = 1e-4 if "ratio" in key else 1e-5
@@ -86,9 +95,21 @@ def test_a_checkpoint_goes_on_in_another_layout(place, name, layout):
     later = load_file(place / f"saved {name} later.safetensors")
     then = load_file(place / f"saved {name} then.safetensors")
     close = 3e-2 if SAVED[name].dtype == "bf16" else 1e-5
-    for key, weight in load_file(place / f"saved {name} {layout}.safetensors").items():
+    found = load_file(place / f"saved {name} {layout}.safetensors")
+    assert found.keys() == later.keys() == then.keys()
+    for key, weight in found.items():
         torch.testing.assert_close(weight, later[key], atol=close, rtol=close, msg=key)
     assert any(not torch.equal(then[key], later[key]) for key in then)
+
+
+@pytest.mark.parametrize("layout", MORE)
+def test_a_checkpoint_goes_on_with_more_processes(place, layout):
+    then, later = (load_file(place / f"saved fewer {when}.safetensors") for when in ("then", "later"))
+    assert any(not torch.equal(then[key], later[key]) for key in then)
+    found = load_file(place / f"saved fewer {layout}.safetensors")
+    assert found.keys() == later.keys()
+    for key, weight in found.items():
+        torch.testing.assert_close(weight, later[key], atol=1e-5, rtol=1e-5, msg=key)
 
 
 @pytest.mark.parametrize("layout", RESUMED)
@@ -108,9 +129,12 @@ def test_a_checkpoint_of_many_processes_goes_on_with_one(place, name):
     actor, part = single(case, place)
     read_sharded(saved, actor.model, actor.optimizer)
     assert actor.optimizer.updates == 2
-    for key, values in load_file(f"{saved} masters.safetensors").items():
+    masters = load_file(f"{saved} masters.safetensors")
+    assert actor.optimizer.master_tensors.keys() == masters.keys()
+    for key, values in masters.items():
         assert torch.equal(actor.optimizer.master_tensors[key], values), key
     then, later = (load_file(f"{saved} {when}.safetensors") for when in ("then", "later"))
+    assert weights_of(actor).keys() == then.keys() == later.keys()
     for key, weight in weights_of(actor).items():
         torch.testing.assert_close(weight, then[key], atol=1e-7, rtol=1e-6, msg=key)
     actor.update([part], 0.05)
@@ -153,6 +177,47 @@ def test_sequences_are_shared_out_evenly_and_once(ranks):
     loads = [int(raw.length_B[rows].sum()) for rows in found]
     fair, longest = sum(loads) / ranks, int(raw.length_B.max())
     assert max(loads) <= 1.35 * fair + longest
+
+
+def skewed(seed: int, groups: int = 16, answers: int = 8) -> tuple[torch.Tensor, ...]:
+    """Lengths of rows and of their prompts, and their groups; later groups have much longer answers."""
+    generator = torch.Generator().manual_seed(seed)
+    group_B = torch.arange(groups).repeat_interleave(answers)
+    prompt_B = torch.randint(50, 750, (groups,), generator=generator)[group_B]
+    noise_B = torch.randn(len(group_B), generator=generator)
+    return prompt_B + (100 * torch.exp(2 * group_B / groups + 0.7 * noise_B)).long() + 1, prompt_B, group_B
+
+
+def most_tokens(parts: Iterable[torch.Tensor], rows: tuple[torch.Tensor, ...]) -> int:
+    """Of the process with most: its answers, and each of its prompts once."""
+    length_B, prompt_B, group_B = rows
+    prompts = dict(zip(group_B.tolist(), prompt_B.tolist()))
+    return max(
+        int((length_B - prompt_B)[part].sum()) + sum(prompts[g] for g in group_B[part].unique().tolist())
+        for part in parts
+    )
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize("seed", range(3))
+def test_shares_are_nearly_equal_where_simple_cuts_are_not(seed, ranks):
+    rows = skewed(seed)
+    every = torch.arange(len(rows[0]))
+    fair, bound = most_tokens([every], rows) / ranks, 1 + 0.02 * ranks
+    assert most_tokens(shares(*rows, ranks), rows) <= bound * fair
+    for simple in (every.tensor_split(ranks), [every[rank::ranks] for rank in range(ranks)]):
+        assert most_tokens(simple, rows) > bound * fair
+
+
+@pytest.mark.parametrize(("groups", "ranks"), [(4, 3), (5, 4), (12, 8)])
+def test_a_few_groups_more_than_processes_are_divided(groups, ranks):
+    """Or most processes would wait for those that have two."""
+    group_B = torch.arange(groups).repeat_interleave(8)
+    rows = torch.full_like(group_B, 110), torch.full_like(group_B, 10), group_B
+    fair = most_tokens([torch.arange(len(group_B))], rows) / ranks
+    found = shares(*rows, ranks)
+    assert sorted(torch.cat(found).tolist()) == list(range(len(group_B)))
+    assert most_tokens(found, rows) <= 1.15 * fair
 
 
 def test_groups_stay_together_where_that_is_fair():
@@ -245,11 +310,23 @@ def test_offloaded_parameters_bring_their_gradients_along():
         Layout(offload_parameters=True, offload_gradients=True)
 
 
-@pytest.mark.gpu
-def test_weights_in_host_memory_train_the_same(place):
+@pytest.fixture(scope="module")
+def accelerated(place: Path) -> Path:
+    """The folder in which one process has worked on an accelerator, with each switch in turn."""
     launch(offloaded, 1, place)
-    actor, part = single(Case(layout={}), place)
-    actor.update([part, part], 0.05)
-    theirs = load_file(place / "offloaded.safetensors")
-    for key, weight in weights_of(actor).items():
+    return place
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_what_waits_in_host_memory_trains_the_same(accelerated, name):
+    """Where it waits is asserted by the process itself."""
+    actor, part = single(OFFLOADED[name][0], accelerated)
+    figures = actor.update([part, part], 0.05)
+    theirs, weights = load_file(accelerated / f"offloaded {name}.safetensors"), weights_of(actor)
+    assert theirs.keys() == weights.keys()
+    for key, weight in weights.items():
         torch.testing.assert_close(theirs[key], weight, atol=1e-4, rtol=1e-4, msg=key)
+    found = json.loads((accelerated / f"offloaded {name}.json").read_text())
+    assert found.keys() == figures.keys()
+    assert found["grad_norm"] == pytest.approx(figures["grad_norm"], rel=1e-3)

@@ -72,6 +72,8 @@ def test_a_product_of_axes_does_what_one_process_does(place, name):
     assert theirs.keys() == weights.keys()
     for key, weight in weights.items():
         torch.testing.assert_close(theirs[key], weight, atol=1e-5, rtol=1e-5)
-    for key, value in json.loads((place / f"{name}.json").read_text()).items():
+    found = json.loads((place / f"{name}.json").read_text())
+    assert found.keys() == figures.keys()
+    for key, value in found.items():
         close = 1e-4 if "ratio" in key else 1e-5
         assert value == pytest.approx(figures[key], rel=close, abs=1e-5), key

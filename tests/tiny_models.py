@@ -13,6 +13,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -55,10 +57,16 @@ FAMILIES = {
         LlamaConfig(**SHAPE, num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=False)
     ),
 }
+OTHERS = {
+    "mistral": lambda: MistralForCausalLM(
+        MistralConfig(**SHAPE, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    ),
+}
+"""Nothing is written for these in particular: what Transformers says of them is all that is known."""
 
 
 def network(family: str, seed: int = 0) -> PreTrainedModel:
-    return randomized(FAMILIES[family](), seed)
+    return randomized({**FAMILIES, **OTHERS}[family](), seed)
 
 
 def randomized(made: PreTrainedModel, seed: int = 0) -> PreTrainedModel:

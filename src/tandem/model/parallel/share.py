@@ -10,8 +10,9 @@ from torch import Tensor
 def shares(length_B: Tensor, prompt_length_B: Tensor, group_B: Tensor, ranks: int) -> list[Tensor]:
     """Row indices of each rank, ascending; every row is in one of them, and a rank may have none.
 
-    Rows of a group stay together, because they share their prompt, unless a group is more than a rank's share. The
-    costliest goes first, always to the rank with the least.
+    Rows of a group stay together, because they share their prompt, unless a group is more than a rank's share, or
+    whole groups leave a rank more than a tenth above its share and finer pieces less. The costliest piece goes first,
+    always to the rank with the least.
     """
     lengths, prompts = length_B.tolist(), prompt_length_B.tolist()
     members: dict[int, list[int]] = {}
@@ -22,18 +23,31 @@ def shares(length_B: Tensor, prompt_length_B: Tensor, group_B: Tensor, ranks: in
         return prompts[rows[0]] + sum(lengths[row] - prompts[row] for row in rows)
 
     fair = max(1.0, sum(map(cost, members.values())) / ranks)
-    pieces = []
-    for rows in members.values():
-        # A quarter above the share is borne, since every piece computes the prompt anew.
-        pieces += _pieces(rows, lengths, max(1, math.ceil(cost(rows) / fair - 0.25)))
-    pieces.sort(key=lambda rows: (-cost(rows), rows[0]))
+    best: list[list[int]] = []
+    least = math.inf
+    for finer in (1, 2, 4):
+        pieces: list[list[int]] = []
+        for rows in members.values():
+            # A quarter above the share is borne, since every piece computes the prompt anew.
+            pieces += _pieces(rows, lengths, max(1, math.ceil(finer * cost(rows) / fair - 0.25)))
+        dealt, most = _dealt(sorted((-cost(rows), rows) for rows in pieces), ranks)
+        if most < least:
+            best, least = dealt, most
+        if least <= 1.1 * fair:
+            break
+    return [torch.tensor(sorted(rows), dtype=torch.long) for rows in best]
+
+
+def _dealt(pieces: list[tuple[int, list[int]]], ranks: int) -> tuple[list[list[int]], int]:
+    """The rows of each rank when pieces (their negative cost, their rows) are dealt out in this order, and the cost
+    of the rank that has most."""
     out: list[list[int]] = [[] for _ in range(ranks)]
     heap = [(0, rank) for rank in range(ranks)]
-    for rows in pieces:
+    for negative, rows in pieces:
         load, rank = heapq.heappop(heap)
         out[rank] += rows
-        heapq.heappush(heap, (load + cost(rows), rank))
-    return [torch.tensor(sorted(rows), dtype=torch.long) for rows in out]
+        heapq.heappush(heap, (load - negative, rank))
+    return out, max(load for load, _ in heap)
 
 
 def _pieces(rows: list[int], lengths: list[int], count: int) -> list[list[int]]:
