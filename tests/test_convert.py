@@ -287,6 +287,9 @@ def test_what_goes_along(folders, tmp_path):
     assert values["num_layers_per_virtual_pipeline_stage"] == 1
     assert values["moe_router_pre_softmax"]  # Transformers' default for the family
     assert values["moe_layer_freq"] == [1, 0, 1, 1] and values["num_query_groups"] == 4
+    # Megatron's own default is learned positions, and its base a whole number.
+    assert values["position_embedding_type"] == "rope"
+    assert isinstance(values["rotary_base"], int) and values["rotary_base"] == 10000
     assert AutoTokenizer.from_pretrained(there).chat_template
 
 

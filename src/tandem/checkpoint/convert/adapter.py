@@ -69,8 +69,9 @@ class Merged:
     def _whole(self, name: str) -> Tensor:
         """The whole product, whatever the slice: parts of it could round otherwise."""
         a, b = (half.float() for half in self._pairs[name])
-        merged = whole(self._inner, name).clone()
-        merged += (b @ a) * self._scale
+        merged, product = whole(self._inner, name).clone(), b @ a
+        product *= self._scale
+        merged += product
         return merged
 
 

@@ -70,7 +70,8 @@ def write_arguments(
         "num_query_groups": model.groups,
         "kv_channels": model.head_dim,
         "max_position_embeddings": config.max_position_embeddings,
-        "rotary_base": config.rope_parameters["rope_theta"],
+        "position_embedding_type": "rope",
+        "rotary_base": _whole(config.rope_parameters["rope_theta"]),
         "normalization": "RMSNorm",
         "norm_epsilon": config.rms_norm_eps,
         "swiglu": True,
@@ -112,3 +113,8 @@ def rope_scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
     if all(rope.get(name) == value for name, value in LLAMA3.items()):
         return {"use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
     return {"rope_parameters": dict(rope)}
+
+
+def _whole(number: float) -> float:
+    """As an integer where it is one: Megatron's argument takes no other."""
+    return int(number) if number == int(number) else number
