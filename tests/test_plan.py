@@ -1,6 +1,7 @@
 """The plan allows what the trainer allows, tells what does not fit, and is quick for thousands of devices."""
 
 import time
+from dataclasses import asdict
 
 import pytest
 from transformers import PreTrainedConfig
@@ -14,7 +15,7 @@ from tandem.model.parallel.fit import check_fit
 from tandem.train import footprint
 from tandem.train.plan.axes import Axes, Rules, layouts
 from tandem.train.plan.device import find
-from tandem.train.plan.report import axes_keys, text
+from tandem.train.plan.report import text
 from tandem.train.plan.request import lengths_of
 
 
@@ -124,7 +125,7 @@ def test_layouts_are_those_that_the_trainer_allows(world):
     assert len(set(found)) == len(found)
     for axes in found:
         assert axes.world == world
-        check_fit(Layout(**axes_keys(axes)), config, world, "layout")
+        check_fit(Layout(**asdict(axes)), config, world, "layout")
     wanted = set()
     for tensor in range(1, world + 1):
         for context in range(1, world + 1):
@@ -149,7 +150,7 @@ def test_thousands_of_devices_are_planned_in_seconds_from_a_config_alone(tmp_pat
     for offer in made.offers:
         assert offer.peak <= made.rates.usable
         assert offer.axes.world + offer.samplers == count
-        assert Layout.model_validate(axes_keys(offer.axes)).sizes(offer.axes.world)
+        assert Layout.model_validate(asdict(offer.axes)).sizes(offer.axes.world)
     said = text(made)
     assert "these are estimates" in said and "update 40%" in said and "actor" in said
     keys = next(line for line in said.splitlines() if line.startswith("keys of the first"))

@@ -1,5 +1,6 @@
 """The roles that run a model over whole batches: actor and critic, which learn, and the reference, which does not."""
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -288,7 +289,16 @@ class Actor(Pupil, Policy):
             logp_BT, entropy_BT = self._token_logprobs(piece)
             return policy_loss(logp_BT, entropy_BT, piece, self.run.algorithm, kl_coef)
 
+        self._begin_dropout()
         return self._backward(part, loss)
+
+    def _begin_dropout(self) -> None:
+        """What an update drops follows from its number and the process, so a run that goes on drops the same: of all
+        processes' generators a checkpoint has only the first's."""
+        lora = self.run.model.lora
+        if lora is not None and lora.dropout:
+            place = (self.run.seed, self.optimizer.updates, self.model.mesh.data_rank)
+            torch.manual_seed(random.Random(str(place)).getrandbits(32))
 
 
 class Critic(Pupil):

@@ -8,13 +8,25 @@ from typing import Any
 from tandem.errors import RunError
 
 MAX_BYTES = 256 * 2**20
-"""Larger files are refused before they are read: state is small, and a checkpoint may come from anyone."""
+"""Larger files are refused before they are read: state is small, and a checkpoint may come from anyone. Nor are they
+written, since nothing could go on from them."""
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write dicts with text keys, lists (tuples come back as lists), texts, numbers, booleans and None."""
-    _check(value, path.name)
-    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="ascii")
+    """Write what `json_text` makes of a value, a line for each item."""
+    text = json_text(value, path.name, indent=1) + "\n"
+    if len(text) > MAX_BYTES:
+        raise RunError(
+            f"{path.name} would have {len(text):,} bytes, more than the {MAX_BYTES:,} that state may take"
+        )
+    path.write_text(text, encoding="ascii")
+
+
+def json_text(value: Any, where: str, indent: int | None = None) -> str:
+    """ASCII for dicts with text keys, lists (tuples come back as lists), texts, numbers, booleans and None; `where`
+    begins the place that errors name."""
+    _check(value, where)
+    return json.dumps(value, indent=indent, allow_nan=False)
 
 
 def read_json(path: Path) -> Any:
@@ -34,7 +46,7 @@ def read_text(path: Path) -> str:
         raise RunError(f"{path} cannot be read: {error}; take another checkpoint") from error
 
 
-def parse_json(text: str, path: Path) -> Any:
+def parse_json(text: str | bytes, path: Path) -> Any:
     """The value of a text read from `path`, which errors name."""
     try:
         return json.loads(text, parse_float=_finite, parse_constant=_finite)

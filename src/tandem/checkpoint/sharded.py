@@ -8,6 +8,7 @@ only adapters on experts, which one process has in another form, are read whole,
 """
 
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from tandem.checkpoint.jsonfile import read_json, write_json
 from tandem.engine.weights import named_tensors
 from tandem.model import LanguageModel
 from tandem.model.mixture import apart, as_saved
-from tandem.model.parallel.folder import ADAPTER, write_settings, write_weights
+from tandem.model.parallel.folder import ADAPTER, FILE_BYTES, write_settings, write_weights
 from tandem.model.parallel.load import (
     Target,
     adapter_targets,
@@ -124,15 +125,16 @@ def _read_optimizer(
         read(model, targets, folder)
 
 
-def export_sharded(folder: Path, target: Path) -> Path:
+def export_sharded(folder: Path, target: Path, file_bytes: int = FILE_BYTES) -> Path:
     """One Hugging Face folder (of an adapter, its PEFT folder) from a checkpoint, in one process and without its
-    layout; returns the real path."""
+    layout; returns the real path. Its files are of at most `file_bytes`, but that PEFT reads one file only."""
 
     def write(place: Path) -> None:
         shutil.copytree(folder / SETTINGS, place, dirs_exist_ok=True)
         adapter = (place / "adapter_config.json").is_file()
         whole = ((name, as_saved(name, weight)) for name, weight in _whole(folder / WEIGHTS))
-        write_weights(place, (view for name, weight in whole for view in apart(name, weight)))
+        views = (view for name, weight in whole for view in apart(name, weight))
+        write_weights(place, views, sys.maxsize if adapter else file_bytes)
         if adapter:
             (place / "config.json").unlink()
             (place / "model.safetensors").rename(place / ADAPTER)

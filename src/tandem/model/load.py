@@ -24,6 +24,16 @@ from tandem.model.new import embedding_rows, new_network, new_tokenizer
 
 REFERENCE_KEY = "reference.path"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+"""What a model's config must say: the engine makes its cache by these, layouts and estimates go by them."""
 
 
 def tokenizer_of(config: Model) -> PreTrainedTokenizerBase:
@@ -217,11 +227,20 @@ def with_adapter(network: PreTrainedModel, lora: Lora, seed: int, resume: Path |
 
 
 def describe(path: str, trust_remote_code: bool = False, key: str = "model.path") -> PreTrainedConfig:
-    """The model's config without its weights, for checks before a long start; `key` names it in errors."""
+    """The model's config without its weights, for checks before a long start; `key` names it in errors. ConfigError
+    where its family is none that Tandem understands."""
     try:
-        return AutoConfig.from_pretrained(existing(path, key), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(existing(path, key), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as cause:
         raise ConfigError(f"{key}={path}: its config.json cannot be used: {first_line(cause)}") from cause
+    text = config.get_text_config()
+    absent = [name for name in SIZES if getattr(text, name, None) is None]
+    if absent:
+        raise ConfigError(
+            f"{key}={path}: models of type {config.model_type} are not supported, for their config has no "
+            f"{' and no '.join(absent)}; use one of a family that has, such as Qwen2, Qwen3, Llama or Mistral"
+        )
+    return config
 
 
 def first_line(cause: BaseException) -> str:

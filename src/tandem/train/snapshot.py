@@ -26,9 +26,10 @@ from tandem.learner import Actor, Pupil, Reference
 from tandem.model.parallel.model import ShardedModel
 from tandem.placement import inline
 from tandem.placement.inline import Roles
+from tandem.train.ahead import read_ahead, write_ahead
 
 MODEL, REFERENCE, SHARDED, CRITIC = "model", "reference", "sharded", "critic"
-OPTIMIZER, MASTERS = "optimizer.safetensors", "masters.safetensors"
+OPTIMIZER, MASTERS, AHEAD = "optimizer.safetensors", "masters.safetensors", "ahead.safetensors"
 CONFIGURED = ("betas", "eps", "weight_decay")
 """Of the optimizer, what is the configuration's, wherever it goes on from."""
 
@@ -50,7 +51,10 @@ def write(folder: Path, run: Run, roles: Roles, boundary: Boundary) -> None:
     learned = roles.on_learners(write_learned, folder, keeps_reference(run))
     if run.needs_critic:
         learned["critic_optimizer"] = roles.on_critic(write_pupil, folder / CRITIC)
-    small = {**boundary.roles, "stream": boundary.roles["stream"]()}
+    stream = dict(boundary.roles["stream"]())
+    if stream["ahead"]:
+        write_ahead(folder / AHEAD, stream.pop("ahead"))
+    small = {**boundary.roles, "stream": stream}
     state = {"step": boundary.step, "roles": small, "data": boundary.data}
     write_json(folder / "state.json", {**state, **learned})
     (folder / "config.yaml").write_text(dump(run), encoding="utf-8")
@@ -99,6 +103,8 @@ def restore(folder: Path, roles: Roles, data: str) -> int:
             )
         roles.on_critic(read_pupil, folder / CRITIC, state["critic_optimizer"])
     roles.on_learners(read_learned, folder, state["optimizer"], state["random"])
+    if (folder / AHEAD).is_file():
+        state["roles"]["stream"]["ahead"] = read_ahead(folder / AHEAD)
     inline.restore(roles, state["roles"], state["step"])
     return state["step"]
 

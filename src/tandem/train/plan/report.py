@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from tandem.config.schema import as_yaml
 from tandem.train.footprint import Memory, readable
-from tandem.train.plan.axes import Axes
+from tandem.train.plan.keys import changes
 from tandem.train.plan.plan import Offer, Plan
 from tandem.train.plan.training import Pass
 
@@ -143,27 +144,10 @@ def parts(one: Pass) -> str:
 
 
 def keys(plan: Plan, offer: Offer) -> str:
-    """The recipe's keys for a layout."""
-    sizes = axes_keys(offer.axes)
-    chosen = [f"learner.layout.{name}={size}" for name, size in sizes.items()]
-    if plan.count > 1:
-        learners = plan.count - offer.samplers
-        kind = "apart" if offer.samplers else "colocated"
-        chosen = [f"placement.kind={kind}", f"placement.learners={learners}", *chosen]
-        chosen.append(f"placement.engines={offer.engine.count}")
-    if offer.engine.tensor > 1:
-        chosen += ["engine.kind=vllm", f"engine.tensor_parallel={offer.engine.tensor}"]
-    if plan.run.engine.kind == "vllm" and not offer.samplers:
-        chosen.append("engine.sleep=true")
-    chosen += offer.variant.keys
-    if plan.run.learner.sleep and not offer.load.asleep:
-        chosen.append("learner.sleep=false")
+    """What to change in the recipe for a layout."""
+    wanted = changes(plan.run, offer).items()
+    chosen = [f"{key}={value if isinstance(value, str) else as_yaml(value)}" for key, value in wanted]
     return f"keys of the first: {' '.join(chosen) or 'none, the recipe as it is'}"
-
-
-def axes_keys(axes: Axes) -> dict[str, int]:
-    """Axes above 1, and `shard` wherever there is any."""
-    return ({"shard": axes.shard} if axes.world > 1 else {}) | axes.sizes()
 
 
 def left_out(plan: Plan) -> str:
