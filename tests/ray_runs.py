@@ -90,7 +90,7 @@ def caller(address: str, environ: dict[str, str]) -> str:
     return called.stdout.strip()
 
 
-def wait_until(what: str, holds: Any, seconds: float = 90.0) -> None:
+def wait_until(what: str, holds: Any, seconds: float = ENDS_S) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"waited {seconds:g} s until {what}"

@@ -14,9 +14,14 @@ from tandem.config import preset_names
 from tandem.engine import EmbeddedEngine
 from tandem.errors import ConfigError, RunError
 from tandem.journal import read_metrics
+from tandem.learner import Actor
 from tandem.placement import inline
 from tandem.train import snapshot
+from tandem.train.agreement import check_agreement
 from tandem.train.run import train
+from tandem.types import Batch
+from tiny_models import language_model
+from tiny_step import batch
 
 BAD = Path(__file__).parent / "data" / "bad_rewards.py"
 
@@ -189,6 +194,21 @@ def test_what_an_engine_does_otherwise_is_named(
     monkeypatch.setattr(EmbeddedEngine, "generate", otherwise)
     with pytest.raises(RunError, match=f"sampler and trainer disagree.*{cause}"):
         train(make_run(random_folder, sampling=sampling), quiet)
+
+
+def test_an_engine_of_another_type_may_be_off_by_its_rounding_and_no_more(make_run):
+    """At the tokens after the first, where the cause may be seen."""
+    run = make_run(engine={"dtype": "bf16"}, placement={"kind": "apart"})
+    actor, sampled = Actor(language_model(), run), batch()
+    trainer_BT = actor.logprobs(sampled)
+    later_BT = sampled.mask_BT & sampled.mask_BT.roll(1, dims=1)
+
+    def said(share: float) -> Batch:
+        return replace(sampled, policy_logp_BT=trainer_BT - share * later_BT * (1 + trainer_BT.abs()))
+
+    check_agreement(actor, said(0.09))
+    with pytest.raises(RunError, match=r"so it is the dtype: engine.dtype=bf16 and model.dtype=fp32, or the"):
+        check_agreement(actor, said(0.11))
 
 
 def test_prompts_and_answers_that_cannot_fit_are_refused_before_the_first_step(

@@ -35,7 +35,7 @@ from tandem.config.sections import NewModel
 from tandem.journal import read_metrics
 from tandem.model import LanguageModel
 from tandem.model.new import new_network, new_tokenizer
-from tandem.placement.cluster.build import weights_root
+from tandem.placement.copied import weights_root
 from tandem.train.run import Launch, train
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
@@ -243,6 +243,7 @@ def test_a_killed_driver_leaves_nothing_on_a_cluster_that_is_not_its_own(nodes, 
         "warmup": "null",
         "model.new.hidden_size": 64,
         "engine.transfer": "files",
+        "engine.transfer_dir": tmp_path / "shared",
         "placement.address": nodes.address,
         "placement.engines": 2,
         "placement.spread": "true",

@@ -1,4 +1,4 @@
-"""The reference works on groups while others are sampled, and says what it says of all of them afterwards."""
+"""Reference and critic work on groups while others are sampled, and say what they say of all of them afterwards."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from tandem.config.placement import Placement
 from tandem.errors import RunError
 from tandem.journal import read_metrics
 from tandem.learner import Reference, Role, units
-from tandem.placement.inline import reward_model_of
+from tandem.placement.inline import critic_of, reward_model_of
 from tandem.rewards.scorer import Scorer
 from tandem.rollout import Sampler
 from tandem.train.run import train
@@ -79,20 +79,34 @@ def beside(make):  # noqa: F811
     learners.thread.shutdown()
 
 
-@pytest.mark.alone
-def test_only_the_last_group_is_waited_for(beside):
+@pytest.fixture(params=["reference", "critic"])
+def helped(request, beside, tmp_path):
+    """The stream, with one role beside it: its work, what it says of a batch, and what it says in one process."""
+    from tandem.placement.cluster.learners import Meanwhile, RemoteCritic
+
     stream, reference, learners = beside
+    if request.param == "reference":
+        return stream, learners, reference.work, reference.logprobs, learners.reference.logprobs
+    own = stream.sampler.run
+    given = own.critic.model_copy(update={"path": str(classifier(tmp_path / "critic"))})
+    inline = critic_of(own.model_copy(update={"critic": given}), stream.sampler.engine.engine.model)
+    learners.methods["values"], critic = inline.values, RemoteCritic(learners)
+    stream.sampler.on_group = Meanwhile(own, [critic.work])
+    return stream, learners, critic.work, critic.values, inline.values
+
+
+@pytest.mark.alone
+def test_only_the_last_group_is_waited_for(helped):
+    stream, learners, work, said, said_in_one_process = helped
     began = time.monotonic()
     groups = stream.take(0)
     sampled = time.monotonic() - began
-    logp_BT = reference.logprobs(collate(groups))
+    made_BT = said(collate(groups))
     waited = time.monotonic() - began - sampled
-    assert sampled >= 3 * NAP_S and waited < 2 * NAP_S < reference.work.take_seconds(), (
-        "four units took four naps"
-    )
+    assert sampled >= 3 * NAP_S and waited < 2 * NAP_S < work.take_seconds(), "four units took four naps"
     assert learners.asked == 4
-    assert torch.equal(logp_BT, learners.reference.logprobs(collate(groups)))
-    assert logp_BT[collate(groups).mask_BT].ne(0).any()
+    assert torch.equal(made_BT, said_in_one_process(collate(groups)))
+    assert made_BT[collate(groups).mask_BT].ne(0).any()
 
 
 def test_the_reward_model_scores_meanwhile_and_bit_for_bit_the_same(beside, tmp_path):
@@ -139,7 +153,7 @@ def test_a_call_has_its_time_from_the_end_of_the_one_before(monkeypatch):
             return self.method
 
     class Worker:
-        free, log = 0.0, "its log"
+        free, log = 0.0, Path("its log")
 
         def call(self, method: str, seconds: float) -> Call:
             return Call(self, method, seconds)

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ray_runs import (
     RECIPES,
@@ -19,6 +19,7 @@ from ray_runs import (
     family,
     hanging,
     pids,
+    process,
     small,
     steps_done,
     trajectory,
@@ -28,21 +29,16 @@ from small_recipe import environment, recipe, start, tandem
 from tandem.checkpoint import newest
 from tandem.checkpoint.extract import extract
 from tandem.config import load
-from tandem.engine import Request, SamplingParams
 from tandem.engine.probe import Probe
-from tandem.engine.receiver import ReceivingEngine
-from tandem.engine.roads import FilesRoad
 from tandem.errors import ConfigError, RunError
 from tandem.journal import read_metrics
-from tandem.model import LanguageModel
-from tandem.model.new import new_tokenizer
 from tandem.placement.cluster.build import weights_root
+from tandem.placement.cluster.engines import Engines
 from tandem.placement.cluster.learners import InUnits, Learners
 from tandem.placement.cluster.lost import EnginesLost
 from tandem.train.interrupt import Interrupted
 from tandem.train.run import Launch, train
 from tandem.train.session import Session
-from tiny_models import network
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 
@@ -70,12 +66,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "run" / "model" / "model.safetensors")
 
 
-def test_colocated_is_the_run_of_one_process_though_learners_sleep_and_a_signal_comes_meanwhile(
+def test_colocated_is_the_run_of_one_process_though_learners_sleep_an_engine_dies_and_a_signal_comes(
     inline, tmp_path, monkeypatch
 ):
     """Weights, moments and reference leave the device for each sampling, and come back as they were: to the run, and
-    into the checkpoint of the signal."""
-    left, call, poll = [], Learners.call, Session._poll
+    into the checkpoint of the signal. The engine dies when it is about to give its memory to the learner."""
+    left, call, poll, asleep, sleep = [], Learners.call, Session._poll, [], Engines.sleep
 
     def watched(self, method, *rest, **more):
         value = call(self, method, *rest, **more)
@@ -88,7 +84,15 @@ def test_colocated_is_the_run_of_one_process_though_learners_sleep_and_a_signal_
         if self.boundary.step == 2:
             raise Interrupted(15)
 
-    keys = {"placement": {"kind": "colocated", **RAY}, "learner": LEARNER | {"sleep": True}}
+    def struck(self):
+        if self._awake:
+            asleep.append(process(self.seats[0].worker))
+            if len(asleep) == 6:
+                end(asleep[-1])
+        sleep(self)
+
+    keys = {"placement": {"kind": "colocated", **RAY, "backoff_s": 0.1}}
+    keys["learner"] = LEARNER | {"sleep": True}
     monkeypatch.setattr(Learners, "call", watched)
     with monkeypatch.context() as patch:
         patch.setattr(Session, "_poll", stopped)
@@ -96,7 +100,12 @@ def test_colocated_is_the_run_of_one_process_though_learners_sleep_and_a_signal_
             run_in(tmp_path, **keys)
     assert newest(tmp_path / "run" / "checkpoints", strict=True).name == "step_00000002"
     assert len(left) == 3, "at the start, and after each update"
-    assert run_in(tmp_path, **keys) == inline
+    with monkeypatch.context() as patch:
+        patch.setattr(Engines, "sleep", struck)
+        assert run_in(tmp_path, **keys) == inline
+    assert len(set(asleep[:6])) == len(set(asleep[6:])) == 1 and asleep[5] != asleep[6], (
+        "another took its place"
+    )
     # Before the first update there are weights and reference; from then on moments of the same size too. Weights of a
     # checkpoint are mapped from its file.
     size = sum(tensor.nbytes for tensor in weights(tmp_path).values())
@@ -153,10 +162,14 @@ def test_apart_is_the_run_of_one_process_though_an_engine_dies_and_another_hangs
 
 def test_several_engines_and_learners_go_on_from_one_process_and_it_from_them(inline, tmp_path, monkeypatch):
     """In one process, with two engines and two learners that split the tokens, with two pairs that share their memory,
-    and in one process again. Every engine is held to the log-probabilities that the learners compute together."""
-    checked, check = [], Probe.check
+    and in one process again. Every engine is held to the log-probabilities that the learners compute together. Each
+    run has a namespace of its own."""
+    checked, check, namespaces = [], Probe.check, set()
 
     def watched(self, engine, version, scores):
+        from ray import get_runtime_context
+
+        namespaces.add(get_runtime_context().namespace)
         checked.append((version, len(self.logp), len(scores)))
         return check(self, engine, version, scores)
 
@@ -175,12 +188,14 @@ def test_several_engines_and_learners_go_on_from_one_process_and_it_from_them(in
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
         assert row["kl/reference"] == pytest.approx(other["kl/reference"], abs=1e-6)
     assert checked[:2] == [(0, 31, 31)] * 2, "both engines, before the first answer"
+    assert len(namespaces) == 2 and all(re.fullmatch("tandem-[0-9a-f]{12}", name) for name in namespaces)
 
 
 def test_an_engine_of_another_type_agrees_as_far_as_that_allows(tmp_path, monkeypatch):
-    """It computes in bfloat16, the learner in float32: more than float32 alone would allow. In between an error in the
-    learner comes with its place and traceback."""
+    """It computes in bfloat16, the learner in float32: more than float32 alone would allow. Every second version is
+    verified. In between an error in the learner comes with its place and traceback."""
     after, told = Session.after, []
+    sent, update, proved, check = [], Engines.update, [], Probe.check
 
     def divided(actor, reference):
         return actor.run.steps / 0
@@ -192,10 +207,24 @@ def test_an_engine_of_another_type_agrees_as_far_as_that_allows(tmp_path, monkey
                 self.roles.on_learners(divided)
             told.append(str(error.value))
 
+    def counted(self, parcel):
+        offer = parcel.offer
+        sent.append((offer.version, offer.verify, offer.checksums is not None, parcel.probe is not None))
+        update(self, parcel)
+
+    def watched(self, engine, version, scores):
+        proved.append(version)
+        return check(self, engine, version, scores)
+
     monkeypatch.setattr(Session, "after", asked)
-    rows = run_in(tmp_path, steps=2, placement={"kind": "apart", **RAY}, engine={"dtype": "bf16"})
+    monkeypatch.setattr(Engines, "update", counted)
+    monkeypatch.setattr(Probe, "check", watched)
+    engine = {"dtype": "bf16", "verify_every": 2}
+    rows = run_in(tmp_path, steps=3, placement={"kind": "apart", **RAY}, engine=engine)
     gaps = [row["rollout/logp_gap_max"] for row in rows if "grad_norm" in row]
-    assert len(gaps) == 2 and 1e-4 < min(gaps) <= max(gaps) < 0.1
+    assert len(gaps) == 3 and 1e-4 < min(gaps) <= max(gaps) < 0.1
+    assert sent[:3] == [(version, *[version % 2 == 0] * 3) for version in range(3)]
+    assert proved == [0, 2]
     (message,) = told
     assert re.match(
         r"learner 0 \(node \w+ at [\d.]+, pid \d+\) failed in `apply`; its log: \S+learner-0.log\n", message
@@ -258,48 +287,6 @@ def test_a_killed_driver_leaves_nothing_and_a_killed_learner_a_checkpoint(tmp_pa
     assert run_in(part, **changes, placement={"kind": "apart", **RAY}) == trajectory(whole / "run")
     for name, tensor in weights(whole).items():
         assert torch.equal(weights(part)[name], tensor), name
-
-
-def test_an_error_inside_a_worker_says_role_node_and_cause(tmp_path):
-    """The driver does not look for every weight of a folder."""
-    folder = tmp_path / "reference"
-    network("qwen3").save_pretrained(folder)
-    new_tokenizer().save_pretrained(folder)
-    held = load_file(folder / "model.safetensors")
-    del held["model.layers.0.mlp.up_proj.weight"]
-    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
-    reference = {"path": str(folder)}
-    path = recipe(tmp_path, **SMALL | {"steps": 1}, placement={"kind": "apart", **RAY}, reference=reference)
-    with pytest.raises(
-        ConfigError,
-        match=r"learner 0 \(node \w+ at .*, pid \d+\): reference.path=\S+ lacks 1 weights: .*up_proj",
-    ):
-        train(load(path), Launch(recipe=str(path)))
-
-
-def test_an_error_that_is_of_its_causes_class_too_is_told(tmp_path):
-    """As of a learner whose connection to a killed one breaks."""
-    from ray.exceptions import RayTaskError
-
-    from tandem.placement.cluster import port
-
-    error = RayTaskError("apply", "Traceback: in the collective", RuntimeError("Connection closed by peer"))
-    lost = port.failure(
-        port.Worker(None, "learner 0", tmp_path / "log"), "apply", error.as_instanceof_cause()
-    )
-    assert "learner 0" in str(lost) and "in the collective" in str(lost)
-
-
-def test_an_engine_with_older_weights_refuses_to_sample():
-    from tandem.placement.cluster.engine_worker import EngineWorker
-
-    worker = object.__new__(EngineWorker)
-    worker._engine = ReceivingEngine(
-        LanguageModel(network("qwen3"), new_tokenizer(), "tiny"), FilesRoad(), slots=4
-    )
-    with pytest.raises(RunError, match="has version 0 of the weights, not 3"):
-        worker.generate(1, [Request(tokens=(1, 2), key=0)], SamplingParams(max_tokens=2), 3)
-    assert len(worker.engine.generate([Request(tokens=(1, 2), key=0)], SamplingParams(max_tokens=2))) == 1
 
 
 @pytest.mark.parametrize(("keys", "said"), [
@@ -369,10 +356,13 @@ def test_sampler_and_trainer_of_the_decoupled_recipe_are_killed_without_loss(tmp
     end(pids(part, "engine")[-1])
     wait_until("another takes the sampler's place", lambda: len(set(pids(part, "engine"))) == 2)
     wait_until("four steps are done", lambda: steps_done(part) >= 4)
-    end(pids(part, "learner")[-1])
+    victim = pids(part, "learner")[-1]
+    end(victim)
     _, errors = driver.communicate(timeout=60)
     assert driver.returncode == 1 and "Traceback" not in errors.partition("its log")[0], errors
-    assert "goes on from its last checkpoint" in " ".join(errors.split()), errors
+    said = " ".join(errors.split())
+    assert re.search(rf"learner 1 \(node \w+ at [\d.]+, pid {victim}\) died during `\w+`", said), errors
+    assert "goes on from its last checkpoint" in said, errors
     again = tandem(*command)
     assert again.returncode == 0, again.stderr
     assert trajectory(part) == whole

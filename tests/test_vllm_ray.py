@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from copies import QUERY, flip_byte
+from ray_runs import alive, end, family, pids, wait_until
 from small_recipe import recipe
 from tandem.config import load
 from tandem.config.sections import NewModel
@@ -15,6 +16,7 @@ from tandem.model import LanguageModel
 from tandem.model.new import new_network, new_tokenizer
 from tandem.placement.cluster.engines import Engines
 from tandem.train.run import Launch, train
+from tandem.train.session import Session
 
 pytestmark = pytest.mark.skipif(
     find_spec("ray") is None or find_spec("vllm") is None, reason="Ray or vLLM is not installed"
@@ -42,15 +44,30 @@ def run_in(folder: Path, model: dict | None = None, layout: dict | None = None, 
     return read_metrics(folder / "run" / "metrics.jsonl")
 
 
-def test_apart_every_step_samples_from_the_weights_of_the_step_before(tmp_path):
-    """They come by broadcast, from two learners that hold the model together, into vLLM's own interface for them."""
+def test_apart_every_step_samples_from_the_weights_of_the_step_before_though_the_engine_dies(
+    tmp_path, monkeypatch
+):
+    """They come by broadcast, from two learners that hold the model together, into vLLM's own interface for them: and
+    to the engine that samples the last step, which replaces one that was killed."""
+    after, struck = Session.after, []
+
+    def strike(self, step, *rest):
+        after(self, step, *rest)
+        if step == 1:
+            struck.extend(family(pids(tmp_path / "run", "engine")[-1]))
+            end(struck[0].pid)
+
+    monkeypatch.setattr(Session, "after", strike)
     engine = {**ENGINE, "transfer": "broadcast"}
-    placement = {"kind": "apart", "learners": 2, **PLACED}
+    placement = {"kind": "apart", "learners": 2, **PLACED, "backoff_s": 0.1}
     rows = run_in(tmp_path, engine=engine, placement=placement, layout={"pipeline": 2})
     # The rate is high: answers of an older version would be off by far more.
     assert all(row["rollout/logp_gap_max"] < 1e-4 for row in rows)
     assert [row["version"] for row in rows] == [1, 2, 3]
     assert all(row["actor/updates"] == 1 for row in rows)
+    engines = dict.fromkeys(pids(tmp_path / "run", "engine"))
+    assert len(engines) == 2 and next(iter(engines)) == struck[0].pid
+    wait_until("all of the killed one is gone", lambda: not alive(struck), 30)
 
 
 @pytest.mark.parametrize(("learners", "layout"), [(1, {}), (2, {"tensor": 2})])

@@ -152,6 +152,11 @@ class Run(Section):
                     "engine.kind=vllm with model.lora reads the base model from its folder: set model.path instead of "
                     "model.new"
                 )
+        if kind == "colocated" and self.engine.tensor_parallel > 1:
+            raise ValueError(
+                f"engine.tensor_parallel={self.engine.tensor_parallel}: with placement.kind=colocated an engine has a "
+                "part of one learner's device; set it to 1, or placement.kind=apart"
+            )
         if road == "ipc" and self.learner.sleep:
             raise ValueError(
                 "engine.transfer=ipc points into the memory that learner.sleep=true gives away; use auto or files"

@@ -6,12 +6,14 @@ verifies everything before it changes anything.
 
 import json
 import os
+import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +34,8 @@ BUCKET = 1 << 28
 MANIFEST = "weights.json"
 ADAPTER = "adapter_model.safetensors"
 SHARED = Path("/dev/shm")
+WRITTEN = re.compile(r"v\d+(\.tmp-[0-9a-f]+)?")
+"""Folder of a version, or of one that is not whole yet."""
 BLOCKING = "TORCH_NCCL_BLOCKING_WAIT"
 
 
@@ -79,15 +83,15 @@ class MemoryRoad:
 class FilesRoad:
     """A folder per version below `root`, in safetensors files, which appears whole or not at all.
 
-    The newest `keep` versions stay. Without a `root` it is a new one in shared memory, for this user only, that
-    `close` removes.
+    `root` is one sender's, and for its user only: before the first version whatever an earlier sender left there goes,
+    then the newest `keep` versions stay, and `close` removes it. Without a `root` it is a new one in shared memory.
     """
 
     rereadable = True
 
     def __init__(self, root: Path | None = None, keep: int = 2) -> None:
         self.root, self.keep = root, keep
-        self._own = root is None
+        self._begun = False
 
     def offer(self, version: int, weights: Weights, *, verify: bool = True) -> Offer:
         if self.root is None:
@@ -97,7 +101,8 @@ class FilesRoad:
         folder = self.root / f"v{version:08d}"
         tmp = self.root / f"{folder.name}.tmp-{secrets.token_hex(6)}"
         try:
-            tmp.mkdir(parents=True, mode=0o700)
+            self._begin(self.root)
+            tmp.mkdir(mode=0o700)
             offer = offer_of(version, "files", weights, _write(tmp, weights, verify), verify, str(folder))
             (tmp / MANIFEST).write_text(json.dumps(offer.record()), encoding="utf-8")
             if folder.exists():
@@ -125,6 +130,11 @@ class FilesRoad:
             raise RunError(f"{versions[-1] / MANIFEST} is not a readable list of weights: {cause}") from cause
 
     def read(self, offer: Offer) -> Iterator[tuple[str, Tensor]]:
+        if not Path(offer.place).is_dir():
+            raise RunError(
+                f"weights of version {offer.version} by road files: there is no folder {offer.place} here; trainer and "
+                "engines must see the same engine.transfer_dir"
+            )
         for path in sorted(Path(offer.place).glob("*.safetensors")):
             try:
                 with safe_open(path, framework="pt") as file:
@@ -137,14 +147,46 @@ class FilesRoad:
                 ) from cause
 
     def close(self) -> None:
-        """Remove the versions; a `root` that was given stays."""
-        for folder in [self.root] if self._own and self.root else self._versions():
+        """Remove the versions, and `root` unless something else is in it."""
+        if self.root is None or not self._begun:
+            return
+        for folder in self._written():
             shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            self.root.rmdir()
+
+    def _begin(self, root: Path) -> None:
+        """Have `root` for this sender alone, if that was not done yet."""
+        if self._begun:
+            return
+        try:
+            root.mkdir(parents=True, mode=0o700)
+        except FileExistsError:
+            check_own(root)
+            root.chmod(0o700)
+        for folder in self._written():
+            shutil.rmtree(folder)
+        self._begun = True
 
     def _versions(self) -> list[Path]:
+        return [folder for folder in self._written() if not folder.suffix]
+
+    def _written(self) -> list[Path]:
+        """The folders of versions, and those that are not whole."""
         if self.root is None:
             return []
-        return sorted(p for p in self.root.glob("v*") if p.name[1:].isdigit())
+        return sorted(p for p in self.root.glob("v*") if WRITTEN.fullmatch(p.name))
+
+
+def check_own(root: Path) -> None:
+    """RunError where something else is there than a folder of this user's: others can foretell its name."""
+    if os.path.lexists(root):
+        found = root.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise RunError(
+                f"weights cannot be written to engine.transfer_dir={root}: what is there is no folder of this user's "
+                f"(its owner is user {found.st_uid}); remove it, or set another engine.transfer_dir"
+            )
 
 
 def _write(folder: Path, weights: Weights, verify: bool) -> dict[str, int] | None:

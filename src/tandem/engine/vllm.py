@@ -17,7 +17,7 @@ from tandem.engine.roads import FilesRoad, RoadBroken
 from tandem.engine.sampling import SamplingParams
 from tandem.engine.text import has_stop_text
 from tandem.engine.vllm_answer import Answer
-from tandem.engine.weights import Offer, TensorSpec, check_specs, dtype_name, spec_of, verified
+from tandem.engine.weights import Offer, TensorSpec, check_specs, dtype_name, specs_of, verified
 from tandem.errors import ConfigError, RunError
 from tandem.model.load import first_line
 
@@ -104,29 +104,44 @@ class VllmEngine:
         with suppress(Pause):
             self._decode(answers, params, poll, nothing if second_pass else report)
         if second_pass:
-            self._ask_policy([answer for answer in answers if answer.fresh_logp])
+            self._ask_policy(answers, poll)
         for answer in answers:
             if answer.index not in done:
                 report(answer)
         return [done[i] for i in range(len(requests))]
 
-    def _ask_policy(self, answers: Sequence[Answer]) -> None:
-        """A second pass says the policy's log-probabilities of the tokens just sampled."""
-        scores = self.score([answer.line for answer in answers])
-        for answer, score in zip(answers, scores):
+    def _ask_policy(self, answers: Sequence[Answer], poll: Callable[[int, int], None]) -> None:
+        """A second pass says the policy's log-probabilities of the tokens just sampled. A `Pause` does not end it: only
+        the weights that they come from can say them."""
+        finished = sum(answer.finish is not None for answer in answers)
+        sampled = sum(len(answer.fresh_logp) for answer in answers)
+
+        def go_on(scored: int) -> None:
+            with suppress(Pause):
+                poll(finished, sampled + scored)
+
+        fresh = [answer for answer in answers if answer.fresh_logp]
+        for answer, score in zip(fresh, self.score([answer.line for answer in fresh], go_on)):
             answer.policy_logp = score[-len(answer.fresh_logp) :]
 
-    def score(self, sequences: Sequence[tuple[int, ...]]) -> list[tuple[float, ...]]:
-        """Log-probability of each token of a sequence but its first, at temperature 1."""
+    def score(
+        self, sequences: Sequence[tuple[int, ...]], poll: Callable[[int], None] = lambda tokens: None
+    ) -> list[tuple[float, ...]]:
+        """Log-probability of each token of a sequence but its first, at temperature 1. `poll(tokens so far)` may raise
+        to abandon the work."""
         self._check_ready()
         params = self._port.scoring()
-        scores: dict[str, tuple[float, ...]] = dict.fromkeys(
-            (self._submit(tokens, params) for tokens in sequences), ()
-        )
-        while () in scores.values():
-            for output in self._port.step(self._llm):
-                if output.request_id in scores:
-                    scores[output.request_id] = tuple(output.prompt_logprobs.logprobs)
+        going = {self._submit(tokens, params): tokens for tokens in sequences}
+        scores: dict[str, tuple[float, ...]] = dict.fromkeys(going, ())
+        try:
+            while going:
+                poll(sum(map(len, scores.values())))
+                for output in self._port.step(self._llm):
+                    if going.pop(output.request_id, None) is not None:
+                        scores[output.request_id] = tuple(output.prompt_logprobs.logprobs)
+        finally:
+            if going:
+                self._llm.llm_engine.abort_request(list(going))
         return list(scores.values())
 
     def connect(self, road: str, **meeting: Any) -> None:
@@ -155,7 +170,11 @@ class VllmEngine:
             self._take_adapter(offer)
         else:
             self._take(offer)
-        self._llm.reset_prefix_cache()
+        if not self._llm.reset_prefix_cache():
+            self._broken = (
+                f"vLLM keeps a cache of prompts that is older than weights of version {offer.version}"
+            )
+            raise RunError(self._broken)
         self.version = offer.version
 
     def sleep(self) -> None:
@@ -338,7 +357,7 @@ def own_specs(folder: str, dtype: torch.dtype, trust_remote_code: bool) -> Mappi
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         network = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    return {name: spec_of(name, parameter) for name, parameter in network.named_parameters()}
+    return specs_of(network)
 
 
 def changes_distribution(params: SamplingParams) -> bool:
@@ -357,16 +376,16 @@ def check_room(longest: int, params: SamplingParams, max_model_len: int) -> None
         )
 
 
-def check_params(params: SamplingParams) -> None:
+def check_params(params: SamplingParams, section: str = "sampling") -> None:
     """vLLM says the log-probabilities of the distribution that it draws from. Where that is not the policy's, those of
-    the policy take a second pass, which vLLM makes at temperature 1 only."""
+    the policy take a second pass, which vLLM makes at temperature 1 only. `section` is that of the temperature."""
     if 0 < params.temperature < COLDEST:
         raise ConfigError(
-            f"sampling.temperature={params.temperature}: vLLM samples at {COLDEST} or above; use that, or 0 for greedy"
+            f"{section}.temperature={params.temperature}: vLLM samples at {COLDEST} or above; use that, or 0 for greedy"
         )
     if changes_distribution(params) and params.temperature not in (0, 1):
         raise ConfigError(
-            f"sampling.temperature={params.temperature} together with top_k={params.top_k}, top_p={params.top_p}, "
+            f"{section}.temperature={params.temperature} together with top_k={params.top_k}, top_p={params.top_p}, "
             f"min_p={params.min_p}, repetition_penalty={params.repetition_penalty}, min_tokens={params.min_tokens}: "
             "vLLM cannot say the log-probabilities of the policy then. Set temperature=1, or leave the others out, "
             "or use engine.kind=embedded"

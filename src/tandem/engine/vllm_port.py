@@ -188,6 +188,7 @@ class Receiver(WeightTransferEngine[_Init, _Update]):
             for _ in tensors:
                 pass
             return
+        lay_out_anew(self.model)
         initialize_layerwise_reload(self.model)
         self.loading = True
         self.model.load_weights(tensors)
@@ -212,6 +213,17 @@ class WorkerExtension:
         that is returned for one that was raised."""
         failure = self.weight_transfer_engine.failure
         return None if failure is None else (str(failure), isinstance(failure, RoadBroken))
+
+
+def lay_out_anew(model: torch.nn.Module) -> None:
+    """On a CPU experts have a layout of their own, which vLLM gives them only when it makes their kernel: let the next
+    weights make it anew."""
+    if not current_platform.is_cpu():
+        return
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if hasattr(method, "moe_kernel"):
+            method.moe_kernel = None
 
 
 def tie_again(model: torch.nn.Module) -> None:

@@ -12,6 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from tandem.errors import RunError
 from tandem.model import LanguageModel
@@ -101,10 +102,20 @@ def named_tensors(model: LanguageModel) -> dict[str, Tensor]:
     network = model.network
     shared = {name for name, _ in network.named_parameters(remove_duplicate=False)}
     buffers = {name: t for name, t in network.state_dict().items() if name not in shared}
+    return {**named_parameters(network), **buffers}
+
+
+def named_parameters(network: PreTrainedModel) -> dict[str, Tensor]:
+    """Those of `named_tensors` that a folder must have; they need no storage."""
     own = {name: p.detach() for name, p in network.named_parameters()}
     if is_mixture(network.config):
         own = {view: part for name, tensor in own.items() for view, part in apart(name, tensor)}
-    return {**own, **buffers}
+    return own
+
+
+def specs_of(network: PreTrainedModel) -> dict[str, TensorSpec]:
+    """Of its parameters, by name."""
+    return {name: spec_of(name, tensor) for name, tensor in named_parameters(network).items()}
 
 
 def spec_of(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> TensorSpec:

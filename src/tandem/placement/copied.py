@@ -1,6 +1,7 @@
 """An engine that samples from a copy of the actor's weights, in the actor's process."""
 
-import copy
+import hashlib
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,11 +10,11 @@ from tandem.config.engine import Engine
 from tandem.config.run import Run
 from tandem.engine import Completion, Request, SamplingParams
 from tandem.engine.probe import probe_of
-from tandem.engine.roads import FilesRoad, MemoryRoad
+from tandem.engine.roads import SHARED, FilesRoad, MemoryRoad
 from tandem.engine.vllm import VllmEngine, check_params
 from tandem.engine.weights import ModelWeights
 from tandem.model import LanguageModel
-from tandem.model.load import DTYPES
+from tandem.model.load import DTYPES, existing
 
 FOLDER = "engine"
 """Below the run folder: the configuration that vLLM starts from; the weights come from the actor."""
@@ -23,10 +24,11 @@ class CopiedEngine:
     """Every version of the weights is offered, taken and proved before it serves. It sleeps while nobody samples,
     where `engine.sleep` says so, and is given its weights again when it wakes."""
 
-    def __init__(self, model: LanguageModel, engine: VllmEngine, road: str, config: Engine) -> None:
+    def __init__(
+        self, model: LanguageModel, engine: VllmEngine, road: str, root: Path, config: Engine
+    ) -> None:
         self.model, self.engine, self.config = model, engine, config
-        folder = None if config.transfer_dir is None else Path(config.transfer_dir)
-        self.road = MemoryRoad() if road == "memory" else FilesRoad(folder)
+        self.road = MemoryRoad() if road == "memory" else FilesRoad(root)
         self._sent = 0
         self._slept = False
         with ExitStack() as stack:
@@ -72,9 +74,20 @@ class CopiedEngine:
 def vllm_beside(run: Run, model: LanguageModel, params: SamplingParams) -> CopiedEngine:
     """vLLM in this process, with the weights that the actor has now; ConfigError where it cannot sample as asked."""
     check_params(params)
-    engine = vllm_engine(run, model, Path(run.run_dir) / FOLDER)
+    folder = Path(run.run_dir).absolute()
+    engine = vllm_engine(run, model, folder / FOLDER)
     road = run.engine.road(one_process=True, adapter=run.model.lora is not None)
-    return CopiedEngine(model, engine, road, run.engine)
+    return CopiedEngine(model, engine, road, weights_root(run, folder), run.engine)
+
+
+def weights_root(run: Run, folder: Path) -> Path:
+    """Where versions of the weights lie: a folder that belongs to the run folder, so that a run that was killed leaves
+    nothing that the next one does not remove. It is in the user's folder, or in this machine's shared memory."""
+    parent = run.engine.transfer_dir
+    if parent is None and not SHARED.is_dir():
+        return folder / "weights"
+    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    return Path(parent or SHARED).absolute() / f"tandem-weights-{os.getuid()}-{name}"
 
 
 def vllm_engine(run: Run, model: LanguageModel, folder: Path) -> VllmEngine:
@@ -82,7 +95,7 @@ def vllm_engine(run: Run, model: LanguageModel, folder: Path) -> VllmEngine:
     configuration, which it gets in `folder`."""
     adapter = run.model.lora is not None
     return VllmEngine(
-        str(run.model.path if adapter else described(model, folder)),
+        existing(run.model.path) if adapter else str(described(model, folder)),
         run.engine,
         dtype=DTYPES[run.engine.dtype or run.model.dtype],
         tokenizer=model.tokenizer,
@@ -95,7 +108,7 @@ def vllm_engine(run: Run, model: LanguageModel, folder: Path) -> VllmEngine:
 
 def described(model: LanguageModel, folder: Path) -> Path:
     """A folder with the model's configuration and no weights."""
-    config = copy.deepcopy(model.network.config)
-    config.architectures = [type(model.network).__name__]
-    config.save_pretrained(folder)
+    # As `save_pretrained` of the network does it.
+    model.network.config.architectures = [type(model.network).__name__]
+    model.network.config.save_pretrained(folder)
     return folder

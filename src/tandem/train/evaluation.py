@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tandem.config.run import Run
 from tandem.data.prompts import PromptSet, load_prompts
+from tandem.engine import SamplingParams
 from tandem.errors import ConfigError
 from tandem.rollout import EVAL, Sampler
 from tandem.types import Group, Prompt
@@ -40,14 +41,7 @@ def held_out_prompts(run: Run, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
 def evaluate(run: Run, sampler: Sampler, prompts: Sequence[Prompt]) -> Evaluation:
     """The same questions and the same random draws every time, so that two evaluations differ by the weights alone."""
     serials = range(len(prompts))
-    params = replace(
-        sampler.params,
-        temperature=run.eval.temperature,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        repetition_penalty=1.0,
-    )
+    params = eval_params(run, sampler.params)
     sampled = sampler.sample(prompts, serials, answers=run.eval.answers, params=params, domain=EVAL)
     greedy = sampler.sample(prompts, serials, answers=1, params=replace(params, temperature=0.0), domain=EVAL)
     rollouts = [r for g in sampled for r in g.rollouts]
@@ -61,6 +55,13 @@ def evaluate(run: Run, sampler: Sampler, prompts: Sequence[Prompt]) -> Evaluatio
             "eval/truncated_share": mean([r.finish == "length" for r in rollouts]),
         },
         greedy=greedy,
+    )
+
+
+def eval_params(run: Run, params: SamplingParams) -> SamplingParams:
+    """The policy itself at the evaluation's temperature; where an answer ends is as in training."""
+    return replace(
+        params, temperature=run.eval.temperature, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0
     )
 
 

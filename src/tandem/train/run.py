@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from tandem.checkpoint import export, lock, newest, read_json
+from tandem.checkpoint import export, lock, newest, read_manifest
 from tandem.config import difference, dump, load
 from tandem.config.run import Run
 from tandem.data import tasks
@@ -33,7 +33,7 @@ from tandem.placement.inline import sampling_params
 from tandem.rewards.scorer import Scorer
 from tandem.train import snapshot
 from tandem.train.beside import check_models
-from tandem.train.evaluation import held_out_prompts
+from tandem.train.evaluation import eval_params, held_out_prompts
 from tandem.train.interrupt import Interrupted, Interruption
 from tandem.train.layouts import check_layouts
 from tandem.train.reinforce import reinforce
@@ -93,7 +93,7 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
     step = 0
     if resume is not None:
         check_same(run, resume, launch)
-        step = read_json(resume / "state.json")["step"]
+        step = read_manifest(resume).step
     if step > run.steps:
         raise ConfigError(
             f"{resume} has {step} steps done, more than steps={run.steps}; set steps={step} to end there, or begin "
@@ -105,6 +105,8 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
     set_threads(run.threads)
     torch.manual_seed(run.seed)
     scorer = stack.enter_context(Scorer(run.reward, run.sampling.max_answer_tokens))
+    if run.model.path is not None:
+        describe_model(run.model.path, run.model.trust_remote_code)
     tokenizer = tokenizer_of(run.model)
     check_models(run, tokenizer)
     check_layouts(run, tokenizer)
@@ -165,6 +167,8 @@ def check_lengths(run: Run, params: SamplingParams, positions: int, prompts: Seq
         )
     if run.engine.kind == "vllm":
         check_params(params)
+        if run.eval.every is not None and run.data.eval is not None:
+            check_params(eval_params(run, params), "eval")
         check_room(total, params, min(positions, run.engine.max_model_len or positions))
 
 

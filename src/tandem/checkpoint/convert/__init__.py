@@ -1,5 +1,6 @@
 """Conversion of weights between Hugging Face folders and Megatron-Core checkpoints in any layout."""
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -175,8 +176,8 @@ def _check_arguments(
         raise ConfigError(
             "--to hf makes one model without ranks: leave out the layout, it is for --to megatron"
         )
-    if shard_gb <= 0:
-        raise ConfigError(f"--shard-gb {shard_gb:g} must be above 0")
+    if not 0 < shard_gb < math.inf:
+        raise ConfigError(f"--shard-gb {shard_gb:g} must be above 0 and finite")
     if not source.is_dir():
         raise ConfigError(f"{source} does not exist or is not a folder; give a model's folder")
     if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):

@@ -1,6 +1,5 @@
 """Actor, reference and engines on processes that Ray placed, and the roles of the loop in front of them."""
 
-import hashlib
 import importlib
 import os
 import shutil
@@ -16,10 +15,12 @@ from tandem.algorithms import KlController
 from tandem.config.run import Run
 from tandem.data.cursor import Cursor
 from tandem.data.prompts import PromptSet
+from tandem.engine.roads import check_own
 from tandem.errors import ConfigError
 from tandem.model import LanguageModel, tokenizer_of
 from tandem.placement.cluster.ahead import AheadStream, Line, SamplerInLine
 from tandem.placement.cluster.guard import Guard
+from tandem.placement.copied import weights_root
 from tandem.placement.inline import sampling_params
 from tandem.rewards.scorer import Scorer
 from tandem.rewards.watch import FailureWatch
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     )
     from tandem.placement.cluster.port import Cluster
 
-SHARED = Path("/dev/shm")
 LOGS = "logs"
 """Below the run folder: one file per worker."""
 START = "start"
@@ -126,15 +126,15 @@ def build(
     places = importlib.import_module("tandem.placement.cluster.places")
     with ExitStack() as stack:
         folder = Path(run.run_dir).absolute()
+        run, root = with_absolute_paths(run), weights_root(run, folder)
+        check_own(root)
         guard = Guard()
         stack.callback(guard.close)
         cluster: Cluster = port.Cluster(run.placement, places.cpus(run), folder / LOGS)
         stack.callback(cluster.close)
         guard.watch()
-        root = weights_root(run, folder)
-        if run.engine.transfer_dir is None:
-            stack.callback(shutil.rmtree, root, ignore_errors=True)
-            guard.remove(root)
+        stack.callback(shutil.rmtree, root, ignore_errors=True)
+        guard.remove(root)
         line = Line(threads(run))
         stack.callback(line.close)
         placed = places.Placed(run, cluster, root, line)
@@ -170,6 +170,26 @@ def build(
         return roles
 
 
+def with_absolute_paths(run: Run) -> Run:
+    """The run as workers get it, whose working folder is another: models that are folders here, by whole paths."""
+    model, judge = run.model, run.reward.model
+    if judge is not None:
+        judge = judge.model_copy(update={"path": absolute(judge.path)})
+    changed = {
+        "model": model.model_copy(update={"path": absolute(model.path)}),
+        "reference": run.reference.model_copy(update={"path": absolute(run.reference.path)}),
+        "critic": run.critic.model_copy(update={"path": absolute(run.critic.path)}),
+        "reward": run.reward.model_copy(update={"model": judge}),
+    }
+    return run.model_copy(update=changed)
+
+
+def absolute(path: str | None) -> str | None:
+    """A path that is there, from the root on; whatever else is the name of a model on the hub."""
+    folder = None if path is None else Path(path).expanduser()
+    return str(folder.absolute()) if folder is not None and folder.exists() else path
+
+
 def threads(run: Run) -> int:
     """Of the line. With weights in flight no answer is bound to the weights that others come from: every step that was
     asked for is sampled, beside it an evaluation, and weights are waited for. Groups that are refused are made up for
@@ -188,14 +208,20 @@ def ray_port(alone: bool) -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # One idle process per core, none of which a worker with an environment of its own can use.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    needed, instead = "placement.kind needs Ray 2.52 or newer", "or set placement.kind=inline"
     try:
         with loopback() if alone else nullcontext():
-            return importlib.import_module("tandem.placement.cluster.port")
+            port = importlib.import_module("tandem.placement.cluster.port")
     except ImportError as cause:
         raise ConfigError(
-            f"placement.kind needs Ray 2.52 or newer, which cannot be imported ({cause}); install tandem-rl[ray], or "
-            "set placement.kind=inline"
+            f"{needed}, which cannot be imported ({cause}); install tandem-rl[ray], {instead}"
         ) from cause
+    # An older one asks for no token, whatever RAY_AUTH_MODE says.
+    if tuple(map(int, port.RAY_VERSION.split(".")[:2])) < (2, 52):
+        raise ConfigError(
+            f"{needed}, not the installed {port.RAY_VERSION}; install tandem-rl[ray], {instead}"
+        )
+    return port
 
 
 @contextmanager
@@ -217,14 +243,3 @@ def start_folder(start: LanguageModel | None, folder: Path) -> Path | None:
         return None
     start.save(folder / START)
     return folder / START
-
-
-def weights_root(run: Run, folder: Path) -> Path:
-    """Where versions of the weights lie: the user's folder, or one in this machine's shared memory that belongs to the
-    run folder, so that a run that was killed leaves nothing that the next one does not remove."""
-    if run.engine.transfer_dir is not None:
-        return Path(run.engine.transfer_dir).absolute()
-    if not SHARED.is_dir():
-        return folder / "weights"
-    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-    return SHARED / f"tandem-weights-{os.getuid()}-{name}"

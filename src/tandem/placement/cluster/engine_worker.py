@@ -17,7 +17,10 @@ from tandem.engine.roads import BroadcastRoad, FilesRoad, Meeting, Road
 from tandem.engine.vllm import VllmEngine
 from tandem.engine.weights import Offer
 from tandem.errors import RunError
-from tandem.model import load, tokenizer_of
+from tandem.model import LanguageModel, load, tokenizer_of
+from tandem.model.load import DTYPES, existing
+from tandem.model.new import new_network
+from tandem.model.parallel.load import empty_network
 from tandem.placement.cluster.objects import ArrivedWeights, ObjectsRoad
 from tandem.placement.cluster.process import Process
 from tandem.placement.copied import vllm_engine
@@ -142,10 +145,18 @@ def embedded(run: Run, log: Path) -> ReceivingEngine:
     return ReceivingEngine(model, FilesRoad(), run.sampling.slots, run.learner.room())
 
 
+def without_weights(run: Run) -> LanguageModel:
+    """The policy without an adapter, none of whose weights is read."""
+    config, tokenizer = run.model, tokenizer_of(run.model)
+    if config.new is not None:
+        return LanguageModel(new_network(config.new, tokenizer, run.seed), tokenizer, "model.new")
+    source = existing(config.path)
+    network = empty_network(source, DTYPES[config.dtype], config.trust_remote_code)
+    return LanguageModel(network, tokenizer, source)
+
+
 def vllm(run: Run, log: Path) -> VllmEngine:
-    base = run.model.model_copy(update={"lora": None})
-    model = load(base, tokenizer_of(base), pick("cpu"), seed=run.seed)
-    engine = vllm_engine(run, model, log.with_suffix(".model"))
+    engine = vllm_engine(run, without_weights(run), log.with_suffix(".model"))
     if run.engine.transfer != "broadcast":
         engine.connect("ipc" if run.engine.transfer == "ipc" else "files")
     return engine

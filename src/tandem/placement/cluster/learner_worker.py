@@ -88,8 +88,6 @@ class LearnerWorker(Process):
         self.dtype = DTYPES[self.run.engine.dtype or self.run.model.dtype]
         self.weights = self._weights()
         self.road = self._sending_end(root)
-        if self.rank == 0:
-            self.road.close()  # Versions of an earlier run, which may have had higher numbers.
         return self._facts() if self.rank == 0 else None
 
     def _load(self, address: str, start: Path | None, folder: Path | None) -> None:

@@ -127,10 +127,9 @@ class Learners:
     def _first_done(self, waiting: list[port.Call], timeout_s: float, deadline: float) -> list[port.Call]:
         done = port.first_done(waiting, max(0.0, deadline - time.monotonic()))
         if not done:
-            raise RunError(
-                f"{waiting[0].worker} did not finish `{waiting[0].method}` within {timeout_s:g} s; its log: "
-                f"{waiting[0].worker.log}"
-            )
+            worker, method = waiting[0].worker, waiting[0].method
+            said = f"{worker} did not finish `{method}` within {timeout_s:g} s{port.last_words(worker.log)}"
+            raise self._end(said)
         return done
 
     def _results(self, calls: list[port.Call], timeout_s: float) -> list[Any]:
@@ -158,10 +157,11 @@ class Learners:
                     found.append(another)
         first = next((e for e in found if not isinstance(e, WorkerLost)), None)
         first = first or next((e for e in found if " died during " in str(e)), error)
-        if not isinstance(first, WorkerLost):
-            return first
+        return self._end(first) if isinstance(first, WorkerLost) else first
+
+    def _end(self, lost: object) -> RunError:
         return RunError(
-            f"{first}\nA lost learner ends the run. The same command goes on from its last checkpoint in "
+            f"{lost}\nA lost learner ends the run. The same command goes on from its last checkpoint in "
             f"{self.run.run_dir}/checkpoints, if it has one"
         )
 

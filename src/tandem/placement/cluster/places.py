@@ -6,6 +6,7 @@ from concurrent.futures import wait
 from pathlib import Path
 
 from tandem.config.run import Run
+from tandem.errors import ConfigError
 from tandem.placement.cluster.ahead import Line
 from tandem.placement.cluster.broadcast import Broadcasting, Reading
 from tandem.placement.cluster.carried import pack
@@ -58,6 +59,7 @@ class Placed:
     def build_learners(self, start: Path | None, reference: Path | None) -> Facts:
         """Load the models of all learners. Engines on devices of their own are made meanwhile; one that shares a device
         measures what is left of it."""
+        check_road(self.run, self.cluster.nodes)
         if not self.shared:
             self.engines.fill()
         timeout_s = self.run.placement.start_timeout_s
@@ -133,6 +135,15 @@ def needs(run: Run, gpus_there: float) -> tuple[Mapping[str, float], Mapping[str
     part = gpus / 2 if placement.kind == "colocated" else gpus
     learner = {"CPU": float(placement.cpus), "GPU": part}
     return learner, {"CPU": float(placement.cpus * devices), "GPU": part * devices}
+
+
+def check_road(run: Run, nodes: int) -> None:
+    """ConfigError where weights would go through a folder that only one node has."""
+    if nodes > 1 and run.engine.transfer == "files" and run.engine.transfer_dir is None:
+        raise ConfigError(
+            f"engine.transfer=files: the processes are on {nodes} nodes, which share no memory; set "
+            "engine.transfer_dir to a folder that all of them see, or engine.transfer=auto"
+        )
 
 
 def nothing() -> None:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from ray import (
     ObjectRef,
+    __version__,
     available_resources,
     cluster_resources,
     exceptions,
@@ -47,6 +48,7 @@ from tandem.placement.cluster.lost import WorkerLost
 log = logging.getLogger("tandem.cluster")
 T = TypeVar("T")
 
+RAY_VERSION = __version__
 STORE_BYTES = 200 << 20
 """Of a Ray that a run starts for itself: batches and answers pass through it, weights do not."""
 FETCH_S = 600.0
