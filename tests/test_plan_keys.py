@@ -18,6 +18,7 @@ from tandem.train.plan.report import keys
 RECIPES = Path(__file__).parents[1] / "recipes" / "runs"
 COLOCATED = {"kind": "colocated", "learners": 2, "engines": 2}
 APART = {"kind": "apart", "learners": 2, "engines": 1}
+MODEL = {"model": {"new": {"hidden_size": 64, "layers": 4, "heads": 4, "kv_heads": 2, "max_positions": 1024}}}
 SMALL: dict[str, dict[str, Any]] = {
     "one process that compiles": {"learner": {"compile": True}, "profile": True},
     "engines of another type": {"engine": {"dtype": "bf16"}, "placement": APART, "sampling": {"max_lag": 2}},
@@ -41,7 +42,6 @@ SMALL: dict[str, dict[str, Any]] = {
     },
 }
 """By what is special in a recipe, its sections."""
-MODEL = {"model": {"new": {"hidden_size": 64, "layers": 4, "heads": 4, "kv_heads": 2, "max_positions": 1024}}}
 
 
 def holds(path: Path, overrides: list[str], plan: Plan) -> set[str]:
@@ -103,6 +103,16 @@ def test_a_sleeping_learner_does_not_hand_out_its_memory(tmp_path):
     asleep = replace(offer, variant=offer.variant.sleeping(True))
     wanted = changes(made.run, asleep)
     assert wanted["engine.transfer"] == "auto" and wanted["learner.sleep"]
+
+
+def test_an_adapter_with_dropout_on_a_new_model_is_split_by_no_tensor_axis(tmp_path):
+    """Parts of a layer would each drop their own, and vLLM would need the model's folder."""
+    path = recipe(tmp_path, **MODEL, placement=APART)
+    given = ["model.lora={dropout: 0.1}"]
+    made = planned(load(path, given), "h200", 8, top=10**6)
+    assert {(offer.axes.tensor, offer.engine.tensor) for offer in made.offers} == {(1, 1)}
+    made.offers = made.offers[:: 1 + len(made.offers) // 8]
+    holds(path, given, made)
 
 
 def test_an_adapter_does_not_go_to_vllm_by_broadcast(tmp_path):

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from transformers import PreTrainedConfig
 
 from tandem.config.layout import Layout
+from tandem.config.sections import Lora
 from tandem.errors import ConfigError
-from tandem.model.parallel.fit import check_fit
+from tandem.model.parallel.fit import check_adapter, check_fit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,10 +81,12 @@ CHUNKS = (1, 2, 4)
 
 
 class Rules:
-    """What of a model can be split, from its config."""
+    """What of a model can be split, from its config and its adapter."""
 
-    def __init__(self, config: PreTrainedConfig, experts: int, per_node: int) -> None:
-        self.config, self.experts, self.per_node = config, experts, per_node
+    def __init__(
+        self, config: PreTrainedConfig, experts: int, per_node: int, lora: Lora | None = None
+    ) -> None:
+        self.config, self.experts, self.per_node, self.lora = config, experts, per_node, lora
         self._known: dict[tuple[int, int], str | None] = {}
 
     def refusal(self, tensor: int, context: int) -> str | None:
@@ -95,8 +98,10 @@ class Rules:
     def _refusal(self, tensor: int, context: int) -> str | None:
         if tensor > self.per_node:
             return f"tensor={tensor} would join every layer between nodes of {self.per_node}"
+        layout = Layout(tensor=tensor, context=context)
         try:
-            check_fit(Layout(tensor=tensor, context=context), self.config, tensor * context, "layout")
+            check_fit(layout, self.config, tensor * context, "layout")
+            check_adapter(layout, self.lora, "layout")
         except ConfigError as cause:
             return str(cause)
         return None

@@ -53,8 +53,10 @@ def engines(
 ) -> Iterator[Engine | float]:
     """The engines that fit into `free` bytes of each device, and the bytes that others lack. `whole`: each
     device holds all weights already, so an engine on it can use them. `apart`: the devices are the engines' alone."""
-    # Beside a learner on its device an engine stands alone: only those apart are spread over several.
-    for tensor in divisors(links.count) if apart else [1]:
+    # Beside a learner on its device an engine stands alone: only those apart are spread over several. These are
+    # vLLM's, which reads the base of an adapter from its folder.
+    spread = apart and (run.model.lora is None or run.model.path is not None)
+    for tensor in divisors(links.count) if spread else [1]:
         if rules.serves(tensor):
             keys = min(tensor, rules.config.num_key_value_heads)
             copied = not (whole and tensor == 1)

@@ -141,7 +141,7 @@ def plan(
         run = run.model_copy(update={"device": "meta"})
     made = Plan(run=run, shape=shape, lengths=lengths, rates=rates, count=count, per_node=per_node)
     given = Variant(run=run, roles=roles_of(run, shape))
-    offers = Search(made, given, Rules(config, shape.experts, per_node), offload).offers()
+    offers = Search(made, given, Rules(config, shape.experts, per_node, run.model.lora), offload).offers()
     made.offers = heapq.nsmallest(top, offers, key=lambda offer: (offer.step_s, offer.peak))
     return made
 
