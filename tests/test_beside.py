@@ -40,7 +40,7 @@ def folders(tmp_path_factory) -> Path:
     copytree(made / "policy_like", made / "speech")
     other_config(made / "speech", model_type="whisper_encoder")
     copytree(made / "policy_like", made / "segments")
-    (made / "segments" / "config.json").write_text(json.dumps({"model_type": "mask2former"}))
+    other_config(made / "segments", model_type="mask2former")
     return made
 
 
