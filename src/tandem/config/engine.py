@@ -18,7 +18,8 @@ class Engine(Section):
     memory that each learner and its engine share. `auto`: memory within one process, files on one machine, else Ray's
     memory."""
     transfer_dir: str | None = None
-    """Folder for transfer=files, seen by trainer and engines; null for a new one in this machine's shared memory."""
+    """Folder for transfer=files, seen by trainer and engines, in which each run has one of its own; null for one in
+    this machine's shared memory."""
     verify_every: int = Field(1, gt=0)
     """Every so many transfers each tensor is compared by checksum and the engine by log-probabilities; names, shapes
     and types always are."""
@@ -59,7 +60,7 @@ class Engine(Section):
         if self.transfer == "memory" and self.tensor_parallel > 1:
             raise ValueError(
                 f"engine.transfer=memory stays in one process and engine.tensor_parallel={self.tensor_parallel} "
-                "takes several; use transfer=files, ipc or broadcast"
+                "takes several; use transfer=files or broadcast"
             )
         if self.transfer_dir is not None and self.transfer not in ("auto", "files"):
             raise ValueError(f"engine.transfer_dir is for transfer=files, not transfer={self.transfer}")
