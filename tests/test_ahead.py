@@ -10,7 +10,7 @@ from tandem.placement.cluster.ahead import AheadStream, Line, SamplerInLine
 from tandem.rollout import EVAL
 from test_stream import COIN, SURE, chain_model, make, model, publish, scorer, settings  # noqa: F401
 
-STAGE_S = 0.25
+STAGE_S = 0.5
 STEPS = 8
 
 

@@ -29,6 +29,7 @@ def call(*arguments: object, **options: str):
     return CliRunner().invoke(app, list(map(str, arguments)), **options)
 
 
+@pytest.mark.alone
 def test_help_comes_within_half_a_second_and_names_every_command():
     seconds = []
     for _ in range(4):

@@ -25,7 +25,7 @@ from tandem.train.run import Launch, train
 from tandem.train.session import Session
 from tandem.train.snapshot import write_pupil
 
-RAY = {"cpus": 1, "start_timeout_s": 120, "engine_timeout_s": 60, "learner_timeout_s": 60}
+RAY = {"cpus": 1, "start_timeout_s": 300, "engine_timeout_s": 180, "learner_timeout_s": 180}
 PPO = {
     "model": {"new": {"hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "max_positions": 128}},
     "algorithm": {"preset": "ppo"},

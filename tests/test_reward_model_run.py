@@ -31,7 +31,7 @@ from tandem.train.run import Launch, train
 from tiny_models import classifier, row_scores, spelled
 from tiny_models import language_model as byte_model
 
-RAY = {"cpus": 1, "start_timeout_s": 120, "engine_timeout_s": 60, "learner_timeout_s": 60}
+RAY = {"cpus": 1, "start_timeout_s": 300, "engine_timeout_s": 180, "learner_timeout_s": 180}
 KINDS = [1, 0, "model", "rule", "model"]
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 

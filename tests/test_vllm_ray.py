@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 ENGINE = {"kind": "vllm", "kv_cache_mb": 64, "eager": True, "max_model_len": 128, "max_num_seqs": 16}
-PLACED = {"cpus": 1, "start_timeout_s": 120, "engine_timeout_s": 60, "learner_timeout_s": 60}
+PLACED = {"cpus": 1, "start_timeout_s": 300, "engine_timeout_s": 180, "learner_timeout_s": 180}
 # On a CPU vLLM has no attention for heads narrower than these.
 WIDE_HEADS = {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "max_positions": 256}
 REWARD = Path(__file__).parents[1] / "benchmarks" / "reward.py"

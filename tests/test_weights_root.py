@@ -109,7 +109,7 @@ def test_a_run_with_engines_apart_leaves_the_folder_as_it_was(tmp_path, shared):
         tmp_path,
         steps=2,
         engine={"transfer": "files", "transfer_dir": str(shared)},
-        placement={"kind": "apart", "cpus": 1, "start_timeout_s": 120},
+        placement={"kind": "apart", "cpus": 1, "start_timeout_s": 300},
         eval={"every": None},
         journal={"samples": 0, "sinks": ["jsonl"]},
     )
