@@ -101,9 +101,9 @@ def measure(sender: LanguageModel, receiver: LanguageModel, rounds: int) -> list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Seconds of a transfer of weights, by road and proof")
-    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocab", type=int, default=32768)
+    parser.add_argument("--vocab", type=int, default=16384)
     parser.add_argument("--rounds", type=int, default=5, help="transfers of each kind, alternating")
     parser.add_argument("--out", help="folder of the results; benchmarks/results unless given")
     args = parser.parse_args()
