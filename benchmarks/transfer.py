@@ -107,13 +107,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="transfers of each kind, alternating")
     parser.add_argument("--out", help="folder of the results; benchmarks/results unless given")
     args = parser.parse_args()
-    args.device, args.repeats, args.threads = "cpu", 1, torch.get_num_threads()
+    args.device, args.threads = "cpu", torch.get_num_threads()
     shape: Shape = small(args.hidden, args.layers, args.vocab)
     with tempfile.TemporaryDirectory() as folder:
         shape.write(Path(folder))
         config = Model(path=folder, dtype="fp32")
         sender, receiver = (load(config, tokenizer_of(config), CPU) for _ in range(2))
     rows = measure(sender, receiver, args.rounds)
+    args.rounds, args.repeats = 1, args.rounds  # In one process.
     case = {"bytes": sum(tensor.nbytes for _, tensor in ModelWeights(sender)), "rows": rows}
     print(results.write("transfer", args, shape, {"one engine": case}), file=sys.stderr)
     medians = {f"{row['contender']}, {row['setting']}": row["median_seconds"] for row in rows}
