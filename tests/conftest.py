@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from tandem.model.new import new_network, new_tokenizer
 from tandem.train.run import Launch
 from tandem.train.supervised import demonstrations, supervise, warmup_optimizer
 
+# What imports Ray: elsewhere the others can be collected, those for a GPU among them.
+OF_RAY = ["test_in_flight_run.py", "test_ray.py", "test_reward_model_run.py", "test_vllm_ray.py"]
+collect_ignore = [] if find_spec("ray") else OF_RAY
 SHAPE = NewModel(hidden_size=64, layers=2, heads=4, kv_heads=2, max_positions=256)
 
 

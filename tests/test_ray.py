@@ -32,10 +32,10 @@ from tandem.config import load
 from tandem.engine.probe import Probe
 from tandem.errors import ConfigError, RunError
 from tandem.journal import read_metrics
-from tandem.placement.cluster.build import weights_root
 from tandem.placement.cluster.engines import Engines
 from tandem.placement.cluster.learners import InUnits, Learners
 from tandem.placement.cluster.lost import EnginesLost
+from tandem.placement.copied import weights_root
 from tandem.train.interrupt import Interrupted
 from tandem.train.run import Launch, train
 from tandem.train.session import Session
