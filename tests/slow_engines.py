@@ -33,6 +33,8 @@ class SlowEngine:
         self.long: set[int] = set()
         self.begun: dict[int, float] = {}
         """When an answer was first worked on, by its key."""
+        self.waits: list[float] = []
+        """Seconds of each token: a machine may sleep longer than it was told to."""
         self.dead = threading.Event()
         self.made = time.monotonic()
 
@@ -58,8 +60,10 @@ class SlowEngine:
         for request in requests:
             self.begun.setdefault(request.key, time.monotonic())
         while any(len(a) < n for a, n in zip(answers, limits)) and version >= self.wanted:
+            began = time.monotonic()
             if self.dead.wait(self.token_s):
                 raise WorkerLost("it was killed")
+            self.waits.append(time.monotonic() - began)
             for answer, limit in zip(answers, limits):
                 if len(answer) < limit:
                     answer.append(version)
