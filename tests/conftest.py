@@ -28,10 +28,13 @@ from tandem.train.supervised import demonstrations, supervise, warmup_optimizer
 # What imports Ray: elsewhere the others can be collected, those for a GPU among them.
 OF_RAY = ["test_in_flight_run.py", "test_ray.py", "test_reward_model_run.py", "test_vllm_ray.py"]
 collect_ignore = [] if find_spec("ray") else OF_RAY
+LONGEST = ["test_ray.py", "test_nodes.py", "test_vllm_ray.py", "test_in_flight_run.py", "test_critic_run.py"]
+"""Begun first, so that none of them is left to one process at the end."""
 SHAPE = NewModel(hidden_size=64, layers=2, heads=4, kv_heads=2, max_positions=256)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if torch.cuda.is_available():
         return
     for item in items:

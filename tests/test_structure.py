@@ -22,6 +22,7 @@ LEVELS = {
     "data": 2,
     "model": 2,
     "optimizer": 3,
+    "libraries": 3,
     "learner": 4,
     "engine": 4,
     "reward_model": 5,

@@ -18,10 +18,10 @@ from tandem.cli.options import (
     TopK,
     TopP,
     Trust,
-    import_libraries,
     plain_console,
 )
 from tandem.cli.runs import recipe_file
+from tandem.libraries import import_libraries
 
 
 def generate(

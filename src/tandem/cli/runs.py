@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tandem.cli.options import Debug, Overrides, Recipe, import_libraries, plain_console
+from tandem.cli.options import Debug, Overrides, Recipe, plain_console
 from tandem.commands import FAILURE
 from tandem.errors import ConfigError
 
 if TYPE_CHECKING:
     from tandem.config import Run
     from tandem.train.finding import Finding
+from tandem.libraries import import_libraries
 
 
 def train(

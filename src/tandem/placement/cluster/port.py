@@ -43,6 +43,7 @@ from rich.text import Text
 
 from tandem.config.placement import Placement
 from tandem.errors import ConfigError, DataError, RunError
+from tandem.libraries import import_libraries
 from tandem.placement.cluster.lost import WorkerLost
 
 log = logging.getLogger("tandem.cluster")
@@ -57,6 +58,8 @@ RETAKE_S = 5.0
 """Longest wait for room that was given back a moment ago."""
 SILENT_S = 5.0
 """Of a wait for room that need not be told."""
+PREPARE = f"{import_libraries.__module__}.{import_libraries.__qualname__}"
+"""Called in each worker's process before its role is made."""
 LOST = (
     exceptions.RayActorError,
     exceptions.WorkerCrashedError,
@@ -235,6 +238,7 @@ def join(placement: Placement, cpus: int) -> None:
         "log_to_driver": False,
         "logging_level": logging.ERROR,
         "configure_logging": False,
+        "runtime_env": {"worker_process_setup_hook": PREPARE},
     }
     if placement.address is not None:
         where: dict[str, Any] = {"address": placement.address}
