@@ -108,6 +108,9 @@ class ThreadWorker:
         self.engine, self.name, self.log, self.place = engine, name, Path("no log"), ""
         self._threads = ThreadPoolExecutor(2)
 
+    def __str__(self) -> str:
+        return self.name
+
     def call(self, method: str, *arguments: Any) -> ThreadCall:
         return ThreadCall(self, method, self._threads.submit(getattr(self.engine, method), *arguments))
 

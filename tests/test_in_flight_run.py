@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -206,7 +207,7 @@ def test_what_ends_one_call_ends_those_beside_it_with_the_same_cause(slow, monke
 
 
 @needs_ray
-def test_an_engine_that_dies_or_hangs_while_it_is_paused_is_replaced(slow):
+def test_an_engine_that_dies_or_hangs_while_it_is_paused_is_replaced(slow, caplog):
     """Its answers go on from where they last were known to be, or begin anew."""
     engines, made = slow(2, 0.02)
     engines.offer(parcel(0))
@@ -225,6 +226,9 @@ def test_an_engine_that_dies_or_hangs_while_it_is_paused_is_replaced(slow):
         requests, SamplingParams(max_tokens=100), poll=poll, on_done=lambda index, completion: None
     )
     assert len(made) == 4 and struck
+    assert "it was killed\nanother process takes its place" in caplog.text
+    silent = r"engine \d had no news of \d answers for 1 s \(placement.engine_timeout_s\); its log: no log\n"
+    assert re.search(silent, caplog.text)
     for completion in done:
         assert completion.tokens == tuple(DIGITS[v] for v in completion.versions)
         assert len(completion.tokens) == 100 and completion.versions[-1] == 1
