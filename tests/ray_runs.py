@@ -227,13 +227,13 @@ def children(pid: int) -> list[psutil.Process]:
 
 @contextmanager
 def driver(
-    nodes: JoinedNodes, said: Path, *command: object, folder: Path | None = None
+    nodes: JoinedNodes, said: Path, *command: object, folder: Path | None = None, **environ: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process of Python in that cluster; what it prints goes to a file."""
     with said.open("w") as output:
         words = [sys.executable, *map(str, command)]
         process = subprocess.Popen(
-            words, env=nodes.environ, stdout=output, stderr=subprocess.STDOUT, cwd=folder
+            words, env=nodes.environ | environ, stdout=output, stderr=subprocess.STDOUT, cwd=folder
         )
     try:
         yield process

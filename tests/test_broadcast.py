@@ -1,24 +1,31 @@
 """Weights by broadcast between processes that Ray placed: as any other road, and nobody waits for the dead."""
 
 import math
+import os
+import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
 
+import psutil
 import pytest
 
 from copies import CPU, beside, policy
 from ray_runs import SMALL, end, hanging, pids, process, trajectory, wait_until
+from slow_engines import ThreadWorker, parcel
 from small_recipe import environment, recipe
+from tandem.checkpoint import newest
 from tandem.config import load
 from tandem.engine import roads
 from tandem.engine.receiver import ReceivingEngine
-from tandem.engine.roads import BroadcastRoad, RoadBroken
+from tandem.engine.roads import BroadcastRoad, Meeting, RoadBroken
 from tandem.engine.weights import ModelWeights
 from tandem.errors import ConfigError, RunError
+from tandem.placement.cluster.ahead import AheadStream
 from tandem.train.run import Launch, train
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
@@ -150,6 +157,75 @@ def test_a_run_by_broadcast_is_that_of_one_process_though_engines_die_and_hang_i
     numbers = [number for _, size, number in sent if size == 2]
     assert numbers[0] == numbers[1] < numbers[2] == numbers[3], "the group stays while its members do"
     assert len(set(pids(tmp_path / "run", "engine"))) == 3
+
+
+@needs_ray
+@pytest.mark.parametrize(("struck", "said"), [
+    (signal.SIGKILL, r"learner 0 \(node \w+ at [\d.]+, pid \d+\) died during `\w+`"),
+    (signal.SIGSTOP, r"learner 0 \(node \w+ at [\d.]+, pid \d+\) did not finish `send` within 3\d\d s"),
+])  # fmt: skip
+def test_a_learner_that_is_lost_while_it_sends_ends_the_run_behind_a_checkpoint(
+    tmp_path, monkeypatch, struck, said
+):
+    """Two learners, of which the first sends, while the run waits for answers; the time for that is up at once."""
+    from tandem.placement.cluster.broadcast import Broadcasting
+
+    offers, take, hit, waits = Broadcasting.offers, AheadStream.take, [], threading.Event()
+
+    def striking(self, parcel, workers):
+        strikes = parcel.offer.version == 2 and not hit
+        assert not strikes or waits.wait(60)
+        begun = offers(self, parcel, workers)
+        if strikes:
+            hit.append(process(self.learner))
+            os.kill(hit[0], struck)
+            self._sending.began -= self.run.placement.engine_timeout_s
+        return begun
+
+    def waiting(self, version):
+        if version == 2:
+            waits.set()
+        return take(self, version)
+
+    monkeypatch.setattr(Broadcasting, "offers", striking)
+    monkeypatch.setattr(AheadStream, "take", waiting)
+    changes = {"steps": 3, "eval": {"every": None}, "checkpoint": {"every": 1}}
+    placed = {"placement": PLACED | {"engines": 1, "learners": 2}, "engine": {"transfer": "broadcast"}}
+    with pytest.raises(RunError, match=rf"{said}(?s:.)*goes on from its last checkpoint in {tmp_path}"):
+        run_in(tmp_path, **placed, **changes)
+    workers = [pid for role in ("learner", "engine") for pid in pids(tmp_path / "run", role)]
+    assert len(workers) == 3 and hit[0] in workers and not any(map(psutil.pid_exists, workers))
+    assert newest(tmp_path / "run" / "checkpoints", strict=True) is not None
+
+
+@needs_ray
+def test_what_breaks_off_too_often_ends_the_run_whose_learners_are_whole(tmp_path):
+    """Once of a version is told once, whoever tells it; the next version begins anew."""
+    from tandem.placement.cluster.broadcast import Broadcasting
+    from tandem.placement.cluster.lost import EnginesLost
+
+    class Severed:
+        def meet(self, number, size, timeout_s):
+            return Meeting(number=number, host="", port=0, first_rank=1, size=size, timeout_s=timeout_s)
+
+        def send(self, offer):
+            raise RoadBroken("it broke off at tensor w")
+
+    run = load(recipe(tmp_path, placement=PLACED | {"restarts": 1}, engine={"transfer": "broadcast"}))
+    road = Broadcasting(ThreadWorker(Severed(), "learner 0"), run)
+
+    def broken(version):
+        assert road.offers(parcel(version), ["engine 0"])[0].place.size == 2
+        road._sending.future.exception()
+        assert not road.waits(others_on_their_way=False)
+        road.broke(RoadBroken("engine 0 has a part of it"))
+
+    broken(1)
+    broken(2)
+    with pytest.raises(
+        EnginesLost, match=r"version 2 of the weights broke off 2 times .*restarts=1.* tensor w"
+    ):
+        broken(2)
 
 
 def test_ways_that_lead_nowhere_are_refused_before_anything_starts(tmp_path):

@@ -56,7 +56,8 @@ def slow(monkeypatch):
             return ThreadWorker(made[-1], f"engine {number}")
 
         placement = Placement(kind="apart", engines=count, backoff_s=backoff_s, engine_timeout_s=1.0)
-        closing.append(engines.Engines(spawn, lambda number: "", placement, Reading(), lambda: None))
+        idle = lambda: None  # noqa: E731
+        closing.append(engines.Engines(spawn, lambda number: "", placement, Reading(None, None), idle, idle))
         return closing[-1], made
 
     yield built

@@ -1,7 +1,7 @@
 """A cluster of several nodes, all on this machine, which loses one of them in the middle of a run."""
 
 import json
-import signal
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -144,7 +144,8 @@ def goes_on(run: Path) -> None:
 
 
 def held_against(whole: list[dict], ours: list[dict]) -> None:
-    for row, other in zip(ours[:COMPARED], whole, strict=True):
+    """All steps of `whole`, or the few that there are."""
+    for row, other in zip(ours[:COMPARED], whole[: len(ours)], strict=True):
         assert row["step"] == other["step"] and row["version"] == other["version"]
         assert row["reward/mean"] == other["reward/mean"]
         # Rows that are computed together with others are rounded otherwise.
@@ -152,7 +153,7 @@ def held_against(whole: list[dict], ours: list[dict]) -> None:
 
 
 @pytest.mark.parametrize("more", [
-    {"placement.learners": 1, "placement.engines": 2, "algorithm.kl.coef": 0.0},
+    {"placement.learners": 1, "placement.engines": 2, "algorithm.kl.coef": 0.0, "model.dtype": "fp32"},
     {
         "placement.learners": 2,
         "placement.engines": 1,
@@ -162,7 +163,8 @@ def held_against(whole: list[dict], ours: list[dict]) -> None:
 ])  # fmt: skip
 def test_a_cluster_joined_by_address_runs_its_recipe(nodes, tmp_path, more):
     """No folder is shared: all weights, or those of an adapter that two learners hold together, reach vLLM through
-    Ray, and every answer is of the version that it should be. The recipe's reference is there where it is free."""
+    Ray, and every answer is of the version that it should be, in float32 and in the recipe's bfloat16. The recipe's
+    reference is there where it is free. The address is the recipe's `auto`, so what RAY_ADDRESS says."""
     folder = tmp_path / "model"
     tokenizer = new_tokenizer()
     LanguageModel(new_network(WIDE_HEADS, tokenizer, 0), tokenizer, "base").save(folder)
@@ -171,25 +173,25 @@ def test_a_cluster_joined_by_address_runs_its_recipe(nodes, tmp_path, more):
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     overrides = small(tmp_path, **{
         "model.path": folder,
-        "model.dtype": "fp32",
         "data.train": questions,
         "data.template": "plain",
         "learner.optimizer.lr": 3e-3,
         "reference.refresh_every": "null",
-        "placement.address": nodes.address,
         "placement.spread": "true",
         "reward.functions": f"[{{name: '{REWARD}:scrambled'}}]",
         **VLLM,
         **more,
     })  # fmt: skip
     said = tmp_path / "said"
-    with driver(nodes, said, "-m", "tandem", "train", RECIPES / "cluster.yaml", *overrides) as process:
+    command = ("-m", "tandem", "train", RECIPES / "cluster.yaml", *overrides)
+    with driver(nodes, said, *command, RAY_ADDRESS=nodes.address) as process:
         assert process.wait(timeout=ENDS_S) == 0, said.read_text()
     assert len({node for lives in places(tmp_path).values() for node, _ in lives}) == 2
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "reward/mean" in row]
     assert [row["version"] for row in rows] == [1, 2, 3] and all(row["actor/updates"] == 1 for row in rows)
     gaps = [row["rollout/logp_gap_max"] for row in rows]
-    assert gaps[0] < 1e-4 < min(gaps[1:]), "then the answers are of the version before"
+    near = 1e-4 if "model.dtype" in more else 0.05
+    assert gaps[0] < near < min(gaps[1:]), "then the answers are of the version before"
     assert [row["rollout/lag_max"] for row in rows] == [0, 1, 1]
     moved = [row.get("kl/reference", 0.0) > 0 for row in rows]
     assert moved == [False, *["model.lora" in more] * 2]
@@ -220,19 +222,24 @@ def test_room_that_another_run_takes_first_is_waited_for_with_nothing_held(nodes
     assert "2 and then 4 places on 2 nodes" in text(said)
 
 
-def test_room_that_another_run_holds_is_waited_for_and_said(nodes, tmp_path):
-    """Three cores of four are held until it has said so; then there is room for all."""
+def test_room_that_another_run_holds_is_waited_for_and_said(nodes, whole, tmp_path):
+    """Three cores of four are held until it has said so; then there is room for all: two pairs of a learner and an
+    engine, each on a node of its own, which are the run of one process."""
     said, held = tmp_path / "said", tmp_path / "held"
     holding = tmp_path / "holding"
     with driver(nodes, held, "-c", HOLDING, nodes.address, holding):
         wait_until("the other run holds them", holding.exists)
-        placed = PLACED | {"address": nodes.address, "engines": 1}
-        path = recipe(tmp_path, **CHANGES | {"steps": 1}, placement=placed)
+        placed = PLACED | {"address": nodes.address, "kind": "colocated", "learners": 2}
+        path = recipe(tmp_path, **CHANGES | {"steps": 2}, placement=placed)
         with driver(nodes, said, "-m", "tandem", "train", path) as process:
             wait_until("it says that it waits", lambda: "room on the cluster" in text(said))
-            assert "room on the cluster: 2 CPU needed, up to 1 on one node, 1 free on all" in text(said)
+            assert "room on the cluster: 4 CPU needed, up to 2 on one node, 1 free on all" in text(said)
             holding.unlink()
             assert process.wait(timeout=ENDS_S) == 0, said.read_text()
+    lives = places(tmp_path)
+    assert all(lives[f"learner-{i}"][0][0] == lives[f"engine-{i}"][0][0] for i in range(2))
+    assert lives["learner-0"][0][0] != lives["learner-1"][0][0]
+    held_against(whole, [row for row in trajectory(tmp_path / "run") if "reward/mean" in row])
 
 
 def test_a_killed_driver_leaves_nothing_on_a_cluster_that_is_not_its_own(nodes, tmp_path):
@@ -278,9 +285,11 @@ def test_a_run_without_any_engine_saves_what_it_has_and_the_same_command_goes_on
     assert "engine 0, which takes 2 CPU. Add a node that has, and the same command goes on" in text(said)
     done = steps_done(run)
     assert newest(run / "checkpoints", strict=True).name == f"step_{done:08d}"
-    nodes.start(f"--address={nodes.address}", SIZE)
     steps = max(done + 1, COMPARED)
     with driver(nodes, said, "-m", "tandem", "train", path, f"steps={steps}") as process:
+        short = "asks for 4 CPU in all and the cluster has 2; waits up to 600 s for nodes that join"
+        wait_until("it waits for a node", lambda: short in text(said))
+        nodes.start(f"--address={nodes.address}", SIZE)
         assert process.wait(timeout=ENDS_S) == 0, said.read_text()
     ours = trajectory(run)
     assert [row["step"] for row in ours if "reward/mean" in row] == list(range(steps))
@@ -290,15 +299,16 @@ def test_a_run_without_any_engine_saves_what_it_has_and_the_same_command_goes_on
 def test_engines_of_a_lost_node_are_made_up_for_and_go_on_one_by_one_where_there_is_room(
     nodes, whole, tmp_path
 ):
-    """The node that is left has room for none of the two, and the one that joins for one."""
+    """The node that is left has room for none of the two, and the one that joins for one. With the learner's node the
+    run ends, behind a checkpoint."""
     run, said = tmp_path / "run", tmp_path / "said"
     # The fewest nodes that will do: the learner with an engine, and the other engines.
     placed = PLACED | {"address": nodes.address, "spread": False, "engines": 3}
-    path = recipe(tmp_path, **CHANGES | {"steps": 5000}, placement=placed)
+    path = recipe(tmp_path, **CHANGES | {"steps": 5000, "checkpoint": {"every": 5}}, placement=placed)
     with driver(nodes, said, "-m", "tandem", "train", path) as process:
         wait_until("some steps are done", lambda: steps_done(run) >= 3)
         first = places(tmp_path)
-        ((stays, _),) = first.pop("learner-0")
+        ((stays, learner),) = first.pop("learner-0")
         lost = [name for name, ((node, _),) in first.items() if node != stays]
         assert len(lost) == 2
         kill_node(first[lost[0]][0][1])
@@ -313,8 +323,12 @@ def test_engines_of_a_lost_node_are_made_up_for_and_go_on_one_by_one_where_there
         nodes.start(f"--address={nodes.address}", "--num-cpus=1")
         wait_until("one has a place", back)
         goes_on(run)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=ENDS_S) == 128 + signal.SIGTERM, said.read_text()
+        kill_node(learner)
+        assert process.wait(timeout=ENDS_S) == 1, said.read_text()
+    assert re.search(
+        rf"learner 0 \(node {stays} at [\d.]+, pid {learner}\) (died during `\w+`|is lost with)", text(said)
+    )
+    assert f"goes on from its last checkpoint in {run}/checkpoints" in text(said)
     assert newest(run / "checkpoints", strict=True) is not None
     (joined,) = back()
     assert joined not in (stays, first[lost[0]][0][0])
@@ -329,7 +343,14 @@ def test_an_engine_that_is_being_made_is_waited_for_by_one_that_has_no_room():
 
     lacks = ["1 CPU", ""]
     placement = Placement(kind="apart", engines=2)
-    engines = Engines(lambda number: None, lambda number: lacks[number], placement, Reading(), lambda: None)
+    engines = Engines(
+        lambda number: None,
+        lambda number: lacks[number],
+        placement,
+        Reading(None, None),
+        lambda: None,
+        lambda: None,
+    )
     for seat in engines.seats:
         seat.losses = 1
     assert engines._waits_for_room(engines.seats[0])

@@ -161,9 +161,9 @@ def test_apart_is_the_run_of_one_process_though_an_engine_dies_and_another_hangs
 
 
 def test_several_engines_and_learners_go_on_from_one_process_and_it_from_them(inline, tmp_path, monkeypatch):
-    """In one process, with two engines and two learners that split the tokens, with two pairs that share their memory,
-    and in one process again. Every engine is held to the log-probabilities that the learners compute together. Each
-    run has a namespace of its own."""
+    """In one process, with two engines and two learners that split the tokens and the reference's weights, with two
+    pairs that share their memory, and in one process again. Every engine is held to the log-probabilities that the
+    learners compute together. Each run has a namespace of its own."""
     checked, check, namespaces = [], Probe.check, set()
 
     def watched(self, engine, version, scores):
@@ -176,6 +176,7 @@ def test_several_engines_and_learners_go_on_from_one_process_and_it_from_them(in
     monkeypatch.setattr(Probe, "check", watched)
     several = {"placement": {"kind": "apart", **RAY, "engines": 2, "learners": 2}}
     several["learner"] = LEARNER | {"layout": {"context": 2}}
+    several["reference"] = {"layout": {"shard": 2}}
     pairs = several | {
         "placement": {"kind": "colocated", **RAY, "engines": 2, "learners": 2},
         "engine": {"transfer": "ipc"},

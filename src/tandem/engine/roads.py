@@ -50,7 +50,7 @@ class Road(Protocol):
 
 
 class RoadBroken(RunError):
-    """A transfer that ended in the middle, because one of its processes went silent; another may succeed."""
+    """A transfer that ended in the middle, because one of its processes is silent or gone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

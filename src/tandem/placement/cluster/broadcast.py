@@ -7,15 +7,16 @@ same, and is formed anew when one was lost, or when a transfer broke off.
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tandem.config.placement import Placement
+from tandem.config.run import Run
 from tandem.engine.roads import BroadcastRoad, Meeting, RoadBroken
 from tandem.engine.weights import Offer, TensorSpec, Weights, announced
-from tandem.errors import RunError
 from tandem.placement.cluster import port
+from tandem.placement.cluster.lost import EnginesLost, WorkerLost, learner_lost
 from tandem.placement.cluster.parcel import Parcel
 
 log = logging.getLogger("tandem.engines")
@@ -78,7 +79,10 @@ class Sender:
 
 
 class Reading:
-    """The driver's part where engines read the weights themselves, each when it can: there is none."""
+    """The driver's part where engines read what `learner` has laid ready, each when it can."""
+
+    def __init__(self, learner: port.Worker, run: Run) -> None:
+        self.learner, self.run = learner, run
 
     def waits(self, others_on_their_way: bool) -> bool:
         return False
@@ -87,32 +91,36 @@ class Reading:
         return [parcel.offer] * len(workers)
 
     def broke(self, cause: RoadBroken) -> None:
-        raise cause
+        raise learner_lost(
+            f"{self.learner} is lost with the weights that it shared. {cause}", self.run.run_dir
+        )
 
     def part(self, worker: port.Worker) -> None:
         """Nobody depends on it."""
 
 
 class Broadcasting:
-    """The driver's part of broadcasts from `learner` to engines of `devices` processes each."""
+    """The driver's part of broadcasts from `learner` to the engines of a run."""
 
-    def __init__(self, learner: port.Worker, devices: int, placement: Placement) -> None:
-        self.learner, self.devices, self.placement = learner, devices, placement
+    def __init__(self, learner: port.Worker, run: Run) -> None:
+        self.learner, self.run, self.devices = learner, run, run.engine.tensor_parallel
         self._members: list[port.Worker] = []
         self._meeting: Meeting | None = None
         self._sending: port.Call | None = None
+        self._version = -1
         self._groups = self._breaks = 0
+        """Groups so far; broken transfers of one version."""
 
     def waits(self, others_on_their_way: bool) -> bool:
         """Whether the engines that lack a version must wait: for one that is being sent, or for others to take it with
-        them. RunError where the learner cannot send."""
-        if self._sending is not None and self._sending.done():
-            sending, self._sending = self._sending, None
+        them. RunError where the learner is lost."""
+        sending, limit = self._sending, self.run.placement.engine_timeout_s
+        if sending is not None and (sending.done() or sending.seconds > limit):
+            self._sending = None
             try:
-                sending.result(0)
-                self._breaks = 0
+                self._of_the_learner(sending, 0)
             except RoadBroken as cause:
-                self._break(cause)
+                self.broke(cause)
         return self._sending is not None or others_on_their_way
 
     def offers(self, parcel: Parcel, workers: Sequence[port.Worker]) -> list[Offer]:
@@ -121,18 +129,31 @@ class Broadcasting:
             return []
         if self._meeting is None or self._members != list(workers):
             # Half of what an engine has for it: the others have given up before one that is silent is replaced.
-            limit = self.placement.engine_timeout_s / 2
+            limit = self.run.placement.engine_timeout_s / 2
             self._groups += 1
             size = 1 + len(workers) * self.devices
-            self._meeting = self.learner.call("meet", self._groups, size, limit).result(limit)
+            meeting = self.learner.call("meet", self._groups, size, limit)
+            self._meeting = self._of_the_learner(meeting, limit)
             self._members = list(workers)
+        if self._version != parcel.offer.version:
+            self._version, self._breaks = parcel.offer.version, 0
         self._sending = self.learner.call("send", parcel.offer)
         places = [replace(self._meeting, first_rank=1 + i * self.devices) for i in range(len(workers))]
         return [replace(parcel.offer, place=place) for place in places]
 
     def broke(self, cause: RoadBroken) -> None:
-        """An engine that lives did not get everything; it is sent to again."""
+        """One of those that live did not get everything, or could not send it: it is sent again, in a new group. Of a
+        group that is given up already the others tell the same. EnginesLost where that does not help."""
+        if self._meeting is None:
+            return
         self._meeting = None
+        self._breaks += 1
+        restarts = self.run.placement.restarts
+        if self._breaks > restarts:
+            raise EnginesLost(
+                f"the broadcast of version {self._version} of the weights broke off {self._breaks} times in a row "
+                f"(placement.restarts={restarts}). The last time: {cause}"
+            ) from cause
         log.warning("%s; it is sent again", cause)
 
     def part(self, worker: port.Worker) -> None:
@@ -140,12 +161,8 @@ class Broadcasting:
         if worker in self._members:
             self._meeting = None
 
-    def _break(self, cause: RoadBroken) -> None:
-        self._meeting = None
-        self._breaks += 1
-        if self._breaks > self.placement.restarts:
-            raise RunError(
-                f"the broadcast of the weights broke off {self._breaks} times in a row (placement.restarts="
-                f"{self.placement.restarts}). The last time: {cause}"
-            ) from cause
-        log.warning("%s; it is sent again", cause)
+    def _of_the_learner(self, call: port.Call, timeout_s: float) -> Any:
+        try:
+            return call.result(timeout_s)
+        except WorkerLost as lost:
+            raise learner_lost(lost, self.run.run_dir) from None

@@ -137,7 +137,7 @@ def build(
         guard.remove(root)
         line = Line(threads(run))
         stack.callback(line.close)
-        placed = places.Placed(run, cluster, root, line)
+        placed = places.Placed(run, cluster, root, line, guard)
         stack.callback(placed.engines.close)
         facts = placed.build_learners(start_folder(start, folder), reference_folder)
         stack.callback(placed.close_learners)

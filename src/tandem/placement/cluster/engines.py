@@ -64,11 +64,13 @@ class Engines:
         placement: Placement,
         road: Reading | Broadcasting,
         turn: Callable[[], None],
+        made: Callable[[], None],
     ) -> None:
         """`spawn` starts the engine of a number, which waits for room where its node was lost and no other has any:
         `lacks` says what it needs of a node then, and nothing otherwise. `turn` is called before they sample: where
-        learners share their devices it may put these to sleep."""
-        self._spawn, self._lacks, self._turn = spawn, lacks, turn
+        learners share their devices it may put these to sleep. `made` is called when an engine and all its processes
+        are there."""
+        self._spawn, self._lacks, self._turn, self._made = spawn, lacks, turn, made
         self.placement, self._road = placement, road
         self.seats = [Seat(number) for number in range(placement.engines)]
         self.version = self._calls = 0
@@ -233,6 +235,9 @@ class Engines:
             return
         if parcel is None:
             seat.worker.place = told
+            self._made()
+            # It takes its memory when it is made, before anybody asks for answers.
+            self._awake = True
             return
         if parcel.probe is not None:
             parcel.probe.check(str(seat.worker), parcel.offer.version, told)

@@ -15,7 +15,7 @@ from tandem.learner import Critic, Policy, in_units
 from tandem.placement.cluster import port
 from tandem.placement.cluster.carried import Carried, pack, unpack
 from tandem.placement.cluster.learner_worker import Facts
-from tandem.placement.cluster.lost import WorkerLost
+from tandem.placement.cluster.lost import WorkerLost, learner_lost
 from tandem.rollout import Units
 from tandem.types import Batch, Experience, Group, collate
 
@@ -160,10 +160,7 @@ class Learners:
         return self._end(first) if isinstance(first, WorkerLost) else first
 
     def _end(self, lost: object) -> RunError:
-        return RunError(
-            f"{lost}\nA lost learner ends the run. The same command goes on from its last checkpoint in "
-            f"{self.run.run_dir}/checkpoints, if it has one"
-        )
+        return learner_lost(lost, self.run.run_dir)
 
 
 class RemoteActor(Policy):

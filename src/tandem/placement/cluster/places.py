@@ -12,6 +12,7 @@ from tandem.placement.cluster.broadcast import Broadcasting, Reading
 from tandem.placement.cluster.carried import pack
 from tandem.placement.cluster.engine_worker import EngineWorker
 from tandem.placement.cluster.engines import Engines
+from tandem.placement.cluster.guard import Guard
 from tandem.placement.cluster.learner_worker import Facts, LearnerWorker
 from tandem.placement.cluster.learners import (
     InUnits,
@@ -35,7 +36,7 @@ def cpus(run: Run) -> int:
 class Placed:
     """The workers of a run."""
 
-    def __init__(self, run: Run, cluster: Cluster, root: Path, line: Line) -> None:
+    def __init__(self, run: Run, cluster: Cluster, root: Path, line: Line, guard: Guard) -> None:
         self.run, self.cluster, self.root, self.line = run, cluster, root, line
         placement = run.placement
         self._learner, self._engine = needs(run, cluster.gpus)
@@ -46,11 +47,9 @@ class Placed:
             cluster.reserve([self._learner] * placement.learners + [self._engine] * placement.engines)
         workers = [self._spawn_learner(rank) for rank in range(placement.learners)]
         self.learners = Learners(workers, run, self._learners_turn if self.shared else nothing)
-        road: Reading | Broadcasting = Reading()
-        if run.engine.transfer == "broadcast":
-            road = Broadcasting(workers[0], run.engine.tensor_parallel, placement)
+        road = (Broadcasting if run.engine.transfer == "broadcast" else Reading)(workers[0], run)
         turn = self.learners.sleep if run.learner.sleep else nothing
-        self.engines = Engines(self._spawn_engine, self._lacks, placement, road, turn)
+        self.engines = Engines(self._spawn_engine, self._lacks, placement, road, turn, guard.watch)
 
     @property
     def shared(self) -> bool:

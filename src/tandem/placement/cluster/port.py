@@ -42,6 +42,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rich.text import Text
 
 from tandem.config.placement import Placement
+from tandem.engine.roads import RoadBroken
 from tandem.errors import ConfigError, DataError, RunError
 from tandem.libraries import import_libraries
 from tandem.placement.cluster.lost import WorkerLost
@@ -165,9 +166,11 @@ def share(value: Any) -> Any:
 
 
 def fetch(shared: Any) -> Any:
-    """What was shared; RunError where it cannot be had."""
+    """What was shared; RunError where it cannot be had, RoadBroken where it is gone with the process that shared it."""
     try:
         return get(shared, timeout=FETCH_S)
+    except exceptions.ObjectLostError:
+        raise RoadBroken("what it was to read is gone with the process that shared it") from None
     except exceptions.RayError as cause:
         raise RunError(f"an object of the run cannot be fetched from Ray's memory: {cause}") from cause
 
@@ -187,7 +190,7 @@ class Cluster:
 
     def reserve(self, bundles: Sequence[Mapping[str, float]]) -> None:
         """One bundle per place for a worker, or for a pair that shares a device."""
-        check_resources(bundles)
+        await_resources(self.placement, bundles)
         self._places = reserve(self.placement, bundles)
 
     @property
@@ -265,16 +268,30 @@ def join(placement: Placement, cpus: int) -> None:
                 signal.signal(number, handler)
 
 
-def check_resources(bundles: Sequence[Mapping[str, float]]) -> None:
-    """What all nodes together can never give is an error now and not a wait."""
+def await_resources(placement: Placement, bundles: Sequence[Mapping[str, float]]) -> None:
+    """A cluster that was joined may still lack nodes, which are waited for. What a Ray of the run's own cannot give is
+    an error now."""
+    limit = placement.start_timeout_s if placement.address is not None else 0.0
+    deadline, said = time.monotonic() + limit, False
+    while short := too_few(bundles):
+        if time.monotonic() >= deadline:
+            raise ConfigError(
+                f"{short}; lower placement.learners, placement.engines, placement.cpus or placement.gpus, or add nodes"
+            )
+        if not said:
+            log.warning("%s; waits up to %.0f s for nodes that join", short, limit)
+            said = True
+        time.sleep(0.2)
+
+
+def too_few(bundles: Sequence[Mapping[str, float]]) -> str:
+    """What all nodes together cannot give, in words; empty where they can."""
     have = cluster_resources()
     for kind in ("CPU", "GPU"):
         need = sum(bundle.get(kind, 0) for bundle in bundles)
         if need > have.get(kind, 0):
-            raise ConfigError(
-                f"the placement asks for {need:g} {kind} in all and the cluster has {have.get(kind, 0):g}; lower "
-                "placement.learners, placement.engines, placement.cpus or placement.gpus, or add nodes"
-            )
+            return f"the placement asks for {need:g} {kind} in all and the cluster has {have.get(kind, 0):g}"
+    return ""
 
 
 def reserve(placement: Placement, bundles: Sequence[Mapping[str, float]]) -> list[tuple[PlacementGroup, int]]:
