@@ -9,6 +9,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from tandem.engine import EmbeddedEngine, Request, SamplingParams
 from tandem.model import LanguageModel
+from tandem.model import product as products
 from tandem.model.attention import Rows
 from tandem.model.compiled import compile_blocks
 from tandem.model.fused import Fused, sampling_forward
@@ -39,12 +40,18 @@ def test_hidden_states_are_those_of_the_model(family):
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("intel", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_with_weights_laid_out_numbers_stay_the_same(family):
+def test_with_weights_laid_out_numbers_stay_the_same(family, intel, monkeypatch):
+    """By oneDNN, and in the order of MKL where that has AVX-512."""
+    monkeypatch.setattr(products, "wide_vectors", lambda: intel)
+    monkeypatch.setattr(products, "idle_vectors", lambda: False)
     model = language_model(family)
     tokens_N, rows = line()
     laid, plain = sampling_forward(model, 32, 64), sampling_forward(model, 32, 1)
-    assert laid.layers[0].down.weight.is_mkldnn and not plain.layers[0].down.weight.is_mkldnn
+    ours, theirs = laid.layers[0].down.weight, plain.layers[0].down.weight
+    assert (ours.is_mkldnn, theirs.is_mkldnn) == (not intel, False)
+    assert theirs.is_contiguous() and (ours.t() if intel else ours).is_contiguous()
     with torch.no_grad():
         ours_NH, theirs_NH = (each.hidden(tokens_N, rows.position_N, rows) for each in (laid, plain))
         torch.testing.assert_close(ours_NH, theirs_NH, atol=2e-5, rtol=1e-5)
