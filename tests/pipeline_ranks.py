@@ -7,6 +7,8 @@ from safetensors.torch import save_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -31,6 +33,9 @@ FAMILIES = {
     ),
     "llama": lambda: LlamaForCausalLM(
         LlamaConfig(**DEEP, num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=True)
+    ),
+    "mistral": lambda: MistralForCausalLM(
+        MistralConfig(**DEEP, num_attention_heads=4, num_key_value_heads=2)
     ),
 }
 
@@ -62,6 +67,7 @@ CASES = {
         "uneven": case({"pipeline_layers": [1, 4]}, "qwen3"),
         "interleaved, uneven": case({"pipeline_chunks": 2, "pipeline_layers": [2, 1, 1, 1]}),
         "tied": case({}, "llama"),
+        "windowed": case({}, "mistral"),
         "one pack": case({}, learner={"tokens_per_forward": 4096}),
         "a row at a time": case({}, learner={"tokens_per_forward": 1}),
         "lora": case({}, lora=True),

@@ -8,7 +8,7 @@ from tandem.errors import ConfigError
 from tandem.model.mixture import MIXTURES, is_mixture
 from tandem.model.parallel.tensor import COLUMN, ROW, styles
 
-PIPELINED = frozenset({"llama", "qwen2", "qwen3", *MIXTURES})
+PIPELINED = frozenset({"llama", "mistral", "qwen2", "qwen3", *MIXTURES})
 """Model types whose decoder is an embedding, layers that follow each other, and a norm."""
 SPLIT = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
 """What `tensor` splits."""
