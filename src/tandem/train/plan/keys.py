@@ -1,5 +1,6 @@
 """The recipe's keys for a layout that was found: with them it loads, and is laid out just so."""
 
+import math
 from dataclasses import asdict
 from functools import reduce
 from operator import getitem
@@ -7,17 +8,19 @@ from typing import Any
 
 from tandem.config.placement import Placement
 from tandem.config.run import ROADS, Run
+from tandem.train.footprint import MIB
+from tandem.train.plan.device import USABLE
 from tandem.train.plan.plan import Offer
 from tandem.train.plan.variant import Variant
 
 
-def changes(run: Run, offer: Offer) -> dict[str, Any]:
-    """By key, the values that an offer needs and the recipe has not."""
+def changes(run: Run, offer: Offer, usable: float) -> dict[str, Any]:
+    """By key, the values that an offer needs and the recipe has not; of a device so many bytes are used."""
     kind = kind_of(offer)
     wanted = {
         **placement_keys(offer, kind),
         **sampling_keys(run, kind),
-        **engine_keys(run, offer, kind),
+        **engine_keys(run, offer, kind, usable),
         **learner_keys(run, offer, kind),
         **memory_keys(offer.variant),
     }
@@ -49,7 +52,7 @@ def sampling_keys(run: Run, kind: str) -> dict[str, Any]:
     return {"sampling.max_lag": lag, "sampling.in_flight": sampling.in_flight and kind == "apart"}
 
 
-def engine_keys(run: Run, offer: Offer, kind: str) -> dict[str, Any]:
+def engine_keys(run: Run, offer: Offer, kind: str, usable: float) -> dict[str, Any]:
     """With the recipe's engine and road of the weights, where these can be."""
     engine, split = run.engine, offer.engine.tensor
     vllm = engine.kind == "vllm" or split > 1
@@ -57,6 +60,11 @@ def engine_keys(run: Run, offer: Offer, kind: str) -> dict[str, Any]:
         "engine.kind": "vllm" if vllm else "embedded",
         "engine.tensor_parallel": split,
     }
+    if vllm:
+        # Unless it is told what the plan gives it, vLLM takes nearly all of a device.
+        share = USABLE * min(1.0, offer.engine.bytes / usable)
+        found["engine.gpu_memory_utilization"] = math.ceil(100 * share) / 100
+        found["engine.kv_cache_mb"] = math.ceil(offer.engine.cache / MIB)
     if vllm and not offer.samplers:
         found["engine.sleep"] = True
     if not vllm and kind == "inline":

@@ -145,7 +145,7 @@ def parts(one: Pass) -> str:
 
 def keys(plan: Plan, offer: Offer) -> str:
     """What to change in the recipe for a layout."""
-    wanted = changes(plan.run, offer).items()
+    wanted = changes(plan.run, offer, plan.rates.usable).items()
     chosen = [f"{key}={value if isinstance(value, str) else as_yaml(value)}" for key, value in wanted]
     return f"keys of the first: {' '.join(chosen) or 'none, the recipe as it is'}"
 
