@@ -11,7 +11,8 @@ class Engine(Section):
     """What samples the answers. The keys from `tensor_parallel` on are vLLM's."""
 
     kind: Literal["embedded", "vllm"] = "embedded"
-    """`embedded` decodes with the weights that are trained; `vllm` keeps a copy of them in an engine of its own."""
+    """`embedded` is Tandem's own: in one process it decodes with the very weights that are trained, under Ray with a
+    copy; `vllm` always has a copy."""
     transfer: Literal["auto", "memory", "ipc", "broadcast", "files"] = "auto"
     """Road of the weights to an engine with a copy: `memory` within one process, `files` through a folder, `broadcast`
     (placement.kind=apart) through a process group of learner 0 and the engines, `ipc` (colocated) by handles of the

@@ -9,7 +9,7 @@ from tandem.config.section import Section
 
 
 class Layout(Section):
-    """How one model lies on its processes. Their number is the product of all axes."""
+    """How one model lies on its processes. Their number is pipeline x replicate x shard x context x tensor."""
 
     replicate: int = Field(1, gt=0)
     """Whole copies of the sharded model, each with its share of the sequences; gradients are summed between them
@@ -18,7 +18,8 @@ class Layout(Section):
     """Processes that hold a part of every weight and gather it when it is used (FSDP2), each with its share of
     the sequences; null for the processes that the other axes leave over."""
     tensor: int = Field(1, gt=0)
-    """Processes that split every layer: attention heads, the MLP's width, the vocabulary. Must divide all three."""
+    """Processes that split every layer: attention heads, the MLP's width, the vocabulary. Must divide these and the
+    key heads."""
     sequence: bool = True
     """With tensor > 1: what lies between the split parts of a layer is split along the tokens. Saves memory at equal
     communication."""

@@ -42,7 +42,8 @@ class Run(Section):
     device: str = "auto"
     """`auto` for the accelerator if there is one, else `cpu`; or a device by name, such as `cuda:1`."""
     threads: int | None = Field(None, gt=0)
-    """CPU threads for tensor work; null for the cores this process may use."""
+    """CPU threads for tensor work in this process; null for the cores it may use. Learners and engines under Ray have
+    `placement.cpus`."""
     profile: bool = False
     """Trace the second step, and table where its time went against the device's limits (`<run_dir>/profile`), with
     placement.kind=inline."""

@@ -336,7 +336,8 @@ class Eval(Section):
     answers: int = Field(4, gt=0)
     """Answers to each question at `eval.temperature`; accuracy is their mean."""
     temperature: float = Field(1.0, gt=0)
-    """Temperature of those answers. A greedy answer is always taken beside them."""
+    """Temperature of those answers. A greedy answer is always taken beside them. Neither truncation nor penalty of
+    `sampling` applies to either (top_k, top_p, min_p, repetition_penalty)."""
     correct: str | None = None
     """The reward function that says whether an answer is correct (score above 0), or reward.model by its name; null for
     the first function, or the model where there is none. Questions that it does not score (`reward.column`) are not
@@ -356,7 +357,8 @@ class Journal(Section):
     """What a run writes down, and where."""
 
     sinks: list[Literal["console", "jsonl", "tensorboard", "wandb"]] = ["console", "jsonl"]
-    """Where metrics go; `jsonl` (metrics.jsonl) is always written."""
+    """Where metrics go; `jsonl` (metrics.jsonl) is always written. `wandb` needs the extra of that name, and is offline
+    without an account."""
     rollouts: Literal["jsonl", "parquet", "none"] = "jsonl"
     """Format of the rollouts of each step, under `rollouts/`."""
     rollouts_every: int = Field(1, gt=0)
