@@ -188,6 +188,7 @@ def test_the_overlong_penalty_is_zero_then_linear_then_full(scorer: Callable[...
     scores = one.score([[answer(number(4), tokens=t) for t in (80, 90, 100)]])[0]
     assert [s.reward for s in scores] == [1.0, 0.75, 0.5]
     assert [s.parts["overlong"] for s in scores] == [0.0, -0.25, -0.5]
+    assert [s.merit for s in scores] == [1.0, 1.0, 1.0]
 
 
 def test_the_watch_stops_at_the_third_bad_step_in_a_row_only() -> None:

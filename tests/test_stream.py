@@ -5,6 +5,7 @@ known; engine, scorer and data are the real ones.
 """
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -207,8 +208,11 @@ def test_dynamic_sampling_replaces_groups_with_nothing_to_say_by_fresh_ones(make
 
 def test_a_penalty_of_length_alone_makes_no_group_worth_training_on(make):
     group = make().take(0)[0]
-    wrong = [Score(reward=-1.0 + p, parts={"right": -1.0, "overlong": p}) for p in (0.0, -0.5, -0.75)]
-    right = Score(reward=0.5, parts={"right": 1.0, "overlong": -0.5})
+    assert (-1.0 + -0.15) + 0.15 != -1.0, "what was added cannot be taken away again"
+    wrong = [
+        Score(reward=-1.0 + p, merit=-1.0, parts={"right": -1.0, "overlong": p}) for p in (0.0, -0.15, -0.75)
+    ]
+    right = Score(reward=0.5, merit=1.0, parts={"right": 1.0, "overlong": -0.5})
 
     def scored(scores):
         return replace(group, rollouts=tuple(replace(group.rollouts[0], score=s) for s in scores))
@@ -223,6 +227,41 @@ def test_dynamic_sampling_gives_up_after_the_bound_with_a_step_that_teaches_noth
     assert stream.cursor.index == 12, "three rounds of four"
     assert len(groups) == 4 and not any(mixed(g) for g in groups)
     assert stream.last["rollout/refills"] == 2 and stream.last["rollout/dropped_groups"] == 12
+
+
+@pytest.fixture
+def rambling(make, chain_model):
+    """A stream whose answers to some questions, all wrong, differ in length alone, and the model that gives them."""
+    overlong = {"overlong_buffer": 7, "overlong_penalty": 1.0}
+    zero = DIGITS[0]
+    table = {30: {zero: 0.5, DIGITS[1]: 0.5}, 0: {zero: 1.0}, zero: {END: 0.5, zero: 0.5}}
+    rewrite(chain_model, rules() | table)
+
+    def stream(endings: str, **sections) -> Stream:
+        made = make(endings, reward=overlong, sampling={"max_answer_tokens": 8}, **sections)
+        made.sampler.scorer = opened.enter_context(Scorer(made.sampler.run.reward, 8))
+        return made
+
+    with ExitStack() as opened:
+        yield stream
+
+
+def test_a_step_of_equally_wrong_answers_teaches_nothing_of_their_length(rambling):
+    stream = rambling(SURE * QUESTIONS, algorithm={"keep": "mixed", "max_refills": 1})
+    groups = stream.take(0)
+    assert len(groups) == 4 and stream.last["rollout/dropped_groups"] == 8
+    penalties = {r.score.parts["overlong"] for g in groups for r in g.rollouts}
+    assert len(penalties) > 3, "there was something to learn of length"
+    assert {reward for g in groups for reward in g.rewards} == {-1.0}
+
+
+def test_groups_that_are_kept_have_their_penalties_of_length(rambling):
+    groups = rambling(COIN * QUESTIONS, algorithm={"keep": "mixed"}).take(0)
+    scores = [r.score for g in groups for r in g.rollouts]
+    assert all(s.reward == s.merit + s.parts["overlong"] for s in scores)
+    assert all(s.merit == s.parts["answer_number"] for s in scores) and any(
+        s.reward != s.merit for s in scores
+    )
 
 
 def test_dynamic_sampling_goes_on_with_fewer_groups_rather_than_none(make):
@@ -261,9 +300,10 @@ def test_a_restored_stream_goes_on_exactly_where_it_was(make, chain_model, secti
     assert second.state() == whole.state()
 
 
-def test_a_group_survives_json_bit_for_bit(make):
-    stream = make()
+def test_a_group_survives_json_bit_for_bit(rambling):
+    stream = rambling(COIN * QUESTIONS)
     group = stream.take(0)[0]
+    assert any(r.score.merit not in (None, r.score.reward) for r in group.rollouts)
     back = group_from(json.loads(json.dumps(group_record(group))), stream.prompts)
     assert back == group and back.rollouts[0].logp == group.rollouts[0].logp
 

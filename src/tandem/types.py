@@ -37,6 +37,8 @@ class Score:
     """What the reward functions said of one answer. Exactly one of `reward` and `failure` is set."""
 
     reward: float | None = None
+    merit: float | None = None
+    """The reward before the penalty of length, where there is such a penalty."""
     failure: str | None = None
     """timeout | error | invalid | died; a failure is never a zero."""
     detail: str = ""

@@ -158,14 +158,14 @@ class Scorer:
         # In the order of the configuration, so that the sum does not depend on which worker was first.
         weights = self._weights[answer.scored_by]
         parts = {name: parts[name] for name in weights}
-        reward = math.fsum(weight * parts[name] for name, weight in weights.items())
+        merit = math.fsum(weight * parts[name] for name, weight in weights.items())
         config = self._config
-        if config.overlong_buffer:
-            parts[OVERLONG] = overlong(
-                answer.tokens, self._max_answer_tokens, config.overlong_buffer, config.overlong_penalty
-            )
-            reward += parts[OVERLONG]
-        return Score(reward=reward, parts=parts)
+        if not config.overlong_buffer:
+            return Score(reward=merit, parts=parts)
+        parts[OVERLONG] = overlong(
+            answer.tokens, self._max_answer_tokens, config.overlong_buffer, config.overlong_penalty
+        )
+        return Score(reward=merit + parts[OVERLONG], merit=merit, parts=parts)
 
     def _failed(self, answer: Answer, kind: str, detail: str) -> Score:
         """A failure under the configured policy; one that counts as zero keeps its kind in the detail."""

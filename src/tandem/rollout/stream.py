@@ -3,11 +3,10 @@
 import random
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
-from tandem.config.reward import OVERLONG
 from tandem.config.run import Run
 from tandem.config.sections import Sampling
 from tandem.data.cursor import Cursor
@@ -21,8 +20,13 @@ from tandem.types import Group, Rollout, Score
 
 def mixed(group: Group) -> bool:
     """The group's rewards, but for penalties of length, are not all equal: it has something to say of the task."""
-    scores = [r.score for r in group.rollouts if r.score is not None and r.score.reward is not None]
-    return len({s.reward - s.parts.get(OVERLONG, 0.0) for s in scores if s.reward is not None}) > 1
+    return len(set(on_merit(group).rewards)) > 1
+
+
+def on_merit(group: Group) -> Group:
+    """The group with its rewards before penalties of length."""
+    scores = [r.score for r in group.rollouts if r.score is not None]
+    return with_scores(group, [s if s.merit is None else replace(s, reward=s.merit) for s in scores])
 
 
 KEEP: dict[str, Callable[[Group], bool]] = {"all": lambda group: True, "mixed": mixed}
@@ -136,10 +140,10 @@ class Stream:
             dropped += len(groups) - len(good)
             kept += good
             rounds += 1
-        # A step without any kept group trains on the last ones, whose equal rewards change nothing.
-        return Drawn(
-            kept or groups, scores, {"rollout/refills": rounds - 1, "rollout/dropped_groups": dropped}
-        )
+        figures = {"rollout/refills": rounds - 1, "rollout/dropped_groups": dropped}
+        # A step needs groups: where none was kept it has the last ones, with the rewards by which they were refused.
+        # These are equal and set no answer above another; penalties of length would, and for nothing else.
+        return Drawn(kept or [on_merit(g) for g in groups], scores, figures)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs: the cursor, and groups sampled ahead."""
@@ -174,6 +178,7 @@ def group_record(group: Group) -> dict[str, Any]:
         assert r.score is not None
         score = {
             "reward": r.score.reward,
+            "merit": r.score.merit,
             "failure": r.score.failure,
             "detail": r.score.detail,
             "parts": dict(r.score.parts),
