@@ -1,6 +1,7 @@
 """The models beside the policy are looked at before anything slow: a warm-up that never ends must not begin."""
 
 import json
+import re
 from pathlib import Path
 from shutil import copytree
 
@@ -13,6 +14,7 @@ from tandem.errors import ConfigError
 from tandem.model import tokenizer_of
 from tandem.train.beside import check_models
 from tandem.train.check import check
+from tandem.train.lengths import too_short
 from tandem.train.run import Launch, train
 from test_reference import saved_reference
 from tiny_models import classifier, spoiled
@@ -41,6 +43,11 @@ def folders(tmp_path_factory) -> Path:
     other_config(made / "speech", model_type="whisper_encoder")
     copytree(made / "policy_like", made / "segments")
     other_config(made / "segments", model_type="mask2former")
+    for name in ("judge", "policy_like"):
+        copytree(made / name, made / f"{name} of few")
+        other_config(made / f"{name} of few", max_position_embeddings=35)
+        copytree(made / name, made / f"{name} of a window")
+        other_config(made / f"{name} of a window", sliding_window=35, use_sliding_window=True)
     return made
 
 
@@ -92,6 +99,42 @@ def test_a_layout_that_cannot_be_ends_the_run_before_its_warm_up(folders, tmp_pa
     run = load(path, ["placement.learners=2", "critic.layout.shard=3"])
     with pytest.raises(ConfigError, match=r"critic[.]layout"):
         train(run, Launch(recipe=str(path)))
+
+
+SHORT = [
+    ("reference", "policy_like of few"),
+    ("reference", "policy_like of a window"),
+    ("critic", "judge of few"),
+    ("critic", "policy_like of a window"),
+    ("reward.model", "judge of few"),
+]
+"""With positions for all but one of the tokens of prompt (24) and answer (12)."""
+
+
+@pytest.mark.parametrize("kind", ["inline", "apart"])
+@pytest.mark.parametrize(("key", "name"), SHORT)
+def test_a_model_with_too_few_positions_ends_the_run_before_its_warm_up(folders, tmp_path, kind, key, name):
+    path = given(tmp_path, key, folders / name, kind=kind)
+    said = (
+        rf"^{re.escape(key)}\.path=.*{name} has 35 positions, .*24 tokens\) and .*_tokens=12 make 36; lower"
+    )
+    with pytest.raises(ConfigError, match=said):
+        train(load(path), Launch(recipe=str(path)))
+    look = "reward" if key == "reward.model" else "lengths"
+    lines = [line for line in check(load(path)) if line.status == "problem"]
+    assert [line.name for line in lines] == [look] and "35 positions" in lines[0].text
+    fits = load(path, ["sampling.max_answer_tokens=11"])
+    assert not list(too_short(fits, 24, 24)) and not [
+        line for line in check(fits) if line.status == "problem"
+    ]
+
+
+def test_only_the_reward_model_reads_answers_to_held_out_questions(folders, tmp_path):
+    short = folders / "judge of few"
+    path = given(tmp_path, "critic", short)
+    run = load(path, ["reward.model.path=" + str(short)])
+    assert [key for key, _ in too_short(run, 23, 24)] == ["reward.model.path"]
+    assert [key for key, _ in too_short(run, 24, 24)] == ["critic.path", "reward.model.path"]
 
 
 @pytest.mark.parametrize(("key", "name"), [("reference", "wide"), ("critic", "labels")])

@@ -13,6 +13,7 @@ from tandem.cli import app
 from tandem.config import load
 from tandem.config.sections import Lora, Model
 from tandem.engine import EmbeddedEngine, Request, SamplingParams, embedded
+from tandem.errors import ConfigError
 from tandem.learner import Actor
 from tandem.model import load as load_model
 from tandem.model import token_logprobs, tokenizer_of
@@ -20,6 +21,7 @@ from tandem.model.new import new_tokenizer
 from tandem.train import footprint
 from tandem.train.check import LOOKS, check
 from tandem.train.folder_bytes import folder_bytes
+from tandem.train.layouts import check_layouts
 from tandem.train.plan.axes import Axes
 from tandem.train.run import train
 from tiny_models import language_model
@@ -208,6 +210,41 @@ def test_a_layout_for_another_number_of_learners_is_a_problem(tmp_path):
         assert only(found, "warning")["memory"] == "not checked: layout has a problem"
 
 
+ALL_ROLES = {"algorithm": {"preset": "ppo", "kl": {"coef": 0.1, "place": "loss", "estimator": "k3"}}}
+AXES = ("replicate", "shard", "tensor", "context", "expert", "pipeline")
+
+
+@pytest.mark.parametrize("role", ["learner", "reference", "critic"])
+@pytest.mark.parametrize("placement", ["inline", "colocated"])
+def test_one_learner_has_no_layout(tmp_path, role, placement):
+    """What is asked of it would not be done."""
+    path, given = recipe(tmp_path, **ALL_ROLES), [f"placement.kind={placement}"]
+    for key in (*(f"{axis}=2" for axis in AXES), "offload_parameters=true", "offload_gradients=true"):
+        with pytest.raises(ConfigError) as refused:
+            check_layouts(load(path, [*given, f"{role}.layout.{key}"]), None)
+        said = str(refused.value)
+        assert said.startswith(f"{role}.layout.{key} needs placement.learners above 1, ")
+        works = "offload" in key and role != "reference"
+        assert (f"use {role}.optimizer.offload=true, which works with one" in said) == works
+    found = findings(path, *given, f"{role}.layout.offload_parameters=true")
+    assert only(found, "problem")["layout"].startswith(f"{role}.layout.offload_parameters=true ")
+    assert only(found, "warning")["memory"] == "not checked: layout has a problem"
+
+
+def test_one_learner_passes_with_a_layout_of_one_and_without_what_it_does_not_hold(tmp_path):
+    path = recipe(tmp_path, **ALL_ROLES)
+    ones = [f"{role}.layout.{axis}=1" for role in ("learner", "reference", "critic") for axis in AXES]
+    check_layouts(load(path, ones), None)
+    without = ["algorithm.kl.coef=0", "reference.layout.tensor=2", "critic.layout.tensor=2"]
+    check_layouts(load(recipe(tmp_path), without), None)
+    path = recipe(tmp_path, **ALL_ROLES)
+    judged = ["reward.model={path: nowhere, layout: {context: 2}}"]
+    with pytest.raises(
+        ConfigError, match=r"^reward\.model\.layout\.context=2 needs placement\.learners above 1, "
+    ):
+        check_layouts(load(path, judged), None)
+
+
 def test_the_memory_of_a_learner_is_that_of_its_part(tmp_path):
     path = recipe(tmp_path, algorithm={"kl": {"coef": 0.1}})
     alone, many = (load(path, keys) for keys in ([], MANY))
@@ -224,6 +261,8 @@ def test_a_folder_with_another_run_is_a_problem_and_ones_own_goes_on(tmp_path, q
     path = recipe(tmp_path)
     train(load(path), quiet)
     assert "goes on from step 4 of 9" in findings(path, "steps=9")["run folder"][0][1]
+    assert findings(path, "steps=4")["run folder"][0][0] == "ok"
+    assert "has 4 steps done, more than steps=3" in only(findings(path, "steps=3"), "problem")["run folder"]
     assert "seed: 0 -> 2" in only(findings(path, "seed=2"), "problem")["run folder"]
 
 

@@ -1,5 +1,7 @@
 """The actor's update is the textbook one, however the batch is cut, packed, ordered or recomputed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import log_softmax
@@ -179,6 +181,17 @@ def test_several_updates_per_step_are_so_many_steps_of_the_optimizer():
         torch.testing.assert_close(
             actor.model.network.get_parameter(name), weight, atol=5e-5, rtol=2e-4, msg=name
         )
+
+
+@pytest.mark.parametrize(("signs", "rate"), [("ll", 0.2), ("l", 0.1), ("le", 0.1), ("el", 0.1), ("e", 0.1)])
+def test_the_learning_rate_is_that_of_the_last_update(signs, rate):
+    """While it rises by 0.1 with each; e is a part with nothing in it to learn."""
+    actor = Actor(language_model(), run(NO_PULL, {**NEARLY_LINEAR, "lr": 0.4, "warmup_updates": 4}))
+    live = experience(actor)
+    empty = replace(live, advantage_BT=torch.zeros_like(live.advantage_BT))
+    figures = actor.update([live if sign == "l" else empty for sign in signs], 0.0)
+    assert figures["actor/updates"] == signs.count("l")
+    assert figures["actor/lr"] == pytest.approx(rate)
 
 
 def test_offloaded_optimizer_makes_the_same_update():

@@ -26,7 +26,7 @@ from parallel_ranks import (
     single,
     weights_of,
 )
-from tandem.checkpoint.sharded import export_sharded, read_sharded
+from tandem.checkpoint.sharded import export_sharded, read_model, read_sharded, read_whole
 from tandem.config.layout import Layout
 from tandem.config.sections import Learner, Model
 from tandem.engine.probe import policy_logp
@@ -38,6 +38,8 @@ from tandem.model.parallel.fit import check_fit
 from tandem.model.parallel.grid import Axis
 from tandem.model.parallel.share import shares
 from tandem.model.parallel.tensor import split
+from tandem.train.snapshot import write_pupil
+from tandem.types import Experience
 from tiny_models import network
 from tiny_step import batch, run
 
@@ -141,6 +143,52 @@ def test_a_checkpoint_of_many_processes_goes_on_with_one(place, name):
     close = 3e-2 if case.dtype == "bf16" else 1e-5
     for key, weight in weights_of(actor).items():
         torch.testing.assert_close(weight, later[key], atol=close, rtol=close, msg=key)
+
+
+def test_masters_that_many_processes_did_not_have_are_made_from_the_weights(place):
+    saved = place / "saved plain"
+    actor, part = offloading(SAVED["plain"], place)
+    read_sharded(saved, actor.model, actor.optimizer)
+    assert_masters_are_weights(actor)
+    actor.update([part], 0.05)
+    later = load_file(f"{saved} later.safetensors")
+    for key, weight in weights_of(actor).items():
+        torch.testing.assert_close(weight, later[key], atol=1e-5, rtol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("updates", [0, 2])
+def test_masters_that_one_process_did_not_have_are_made_from_the_weights(tmp_path, updates):
+    """Read by slices, as each of many processes reads what one has written."""
+    network("qwen2_grouped").save_pretrained(tmp_path / "qwen2_grouped")
+    new_tokenizer().save_pretrained(tmp_path / "qwen2_grouped")
+    case = Case(layout={})
+    actor, part = single(case, tmp_path)
+    actor.update([part] * updates, 0.05)
+    write_pupil(actor, tmp_path)
+    other, _ = offloading(case, tmp_path)
+    read_model(tmp_path / "model", other.model)
+    read_whole(tmp_path / "optimizer.safetensors", other.model, other.optimizer)
+    assert_masters_are_weights(other)
+    for one in actor, other:
+        one.update([part], 0.05)
+    for key, weight in weights_of(actor).items():
+        assert torch.equal(weights_of(other)[key], weight), key
+
+
+def offloading(case: Case, folder: Path) -> tuple[Actor, Experience]:
+    """One process with masters of its own, which have moved away from those of the others."""
+    actor, part = single(case, folder)
+    settings = actor.run.learner.optimizer.model_copy(update={"offload": True})
+    learner = actor.run.learner.model_copy(update={"optimizer": settings})
+    actor = Actor(actor.model, actor.run.model_copy(update={"learner": learner}))
+    actor.update([part], 0.05)
+    return actor, part
+
+
+def assert_masters_are_weights(actor: Actor) -> None:
+    assert actor.optimizer.master_tensors.keys() == weights_of(actor).keys()
+    for key, values in actor.optimizer.master_tensors.items():
+        assert torch.equal(values, weights_of(actor)[key]), key
 
 
 @pytest.mark.parametrize("name", SAVED)

@@ -117,6 +117,21 @@ def test_a_recipes_layout_that_does_not_fit_its_model_ends_the_plan(tmp_path, ke
         planned(run, "h200", 8)
 
 
+def test_one_learner_is_offered_no_layout(tmp_path):
+    """Alone, and beside an engine on the other of two devices."""
+    run = large(tmp_path, "dense", "algorithm.kl.coef=0.1", "learner.layout.offload_gradients=true")
+    for count in (1, 2):
+        made = planned(run, "FLOPS=1e14,BANDWIDTH=1e12,MEMORY=1e12", count, top=10**6)
+        alone = [found for found in (*made.offers, *made.misses) if found.axes.world == 1]
+        assert {"", "optimizer"} >= {found.variant.away for found in alone} and alone
+        assert not any(role.layout.offload_parameters for found in alone for role in found.variant.roles)
+    split = planned(large(tmp_path, "dense", "algorithm.kl.coef=0.1", "reference.layout.tensor=2"), "h200", 1)
+    assert not split.tried
+    assert [why.partition(",")[0] for why in split.refused] == [
+        "reference.layout.tensor=2 needs placement.learners above 1"
+    ]
+
+
 @pytest.mark.parametrize("world", [8, 12])
 def test_layouts_are_those_that_the_trainer_allows(world):
     config: PreTrainedConfig = LARGE["dense"]

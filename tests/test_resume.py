@@ -124,6 +124,29 @@ def test_allowed_changes_are_what_the_run_goes_on_with(adding_folder, make_run, 
     assert seen == [(0.1, 0.01, (0.9, 0.99)), (0.2, 0.02, (0.9, 0.98))]
 
 
+@pytest.mark.parametrize(("first", "then"), [(False, True), (True, False)])
+def test_a_run_that_offloads_its_optimizer_from_now_on_is_the_one_that_never_did(
+    adding_folder, make_run, quiet, tmp_path, first, then
+):
+    def run(name, offload, steps):
+        optimizer = {"offload": offload, "weight_decay": 0.1}
+        return make_run(
+            adding_folder, run_dir=str(tmp_path / name), steps=steps, learner={"optimizer": optimizer}
+        )
+
+    whole = run("whole", False, 3)
+    train(whole, quiet)
+    train(run("part", first, 2), quiet)
+    quiet.allow_config_change = True
+    part = run("part", then, 3)
+    train(part, quiet)
+    assert trajectory(part) == trajectory(whole) and answers(part) == answers(whole)
+    ours, theirs = state(part), state(whole)
+    for name, tensor in theirs.items():
+        if not name.startswith("random."):
+            assert torch.equal(ours[name], tensor), name
+
+
 def test_steps_sampled_ahead_must_be_allowed_by_the_lag(adding_folder, make_run, quiet):
     train(make_run(adding_folder, steps=2, sampling={"max_lag": 2}, checkpoint={"every": 1}), quiet)
     quiet.allow_config_change = True

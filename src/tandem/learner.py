@@ -205,7 +205,7 @@ class Pupil(Role):
                 skipped_nonfinite += 1
                 self._count_nonfinite(part, float(norm))
                 continue
-            self.nonfinite_in_a_row = 0
+            self.nonfinite_in_a_row, lr = 0, self.optimizer.lr
             self.optimizer.step(norm)
             if norms:
                 # Only the first update still has the sampler's weights: later gaps are the policy's own motion.

@@ -137,10 +137,11 @@ class Optimizer:
         return {name: master.detach() for name, master, here in triples if master is not here}
 
     def restore_masters(self, tensors: Mapping[str, Tensor]) -> None:
+        """Masters that are not among the tensors were the weights themselves, which have to be restored before."""
         with torch.no_grad():
             for name, master, here in zip(self.names, self._masters, self._here):
                 if master is not here:
-                    master.copy_(tensors[name])
+                    master.copy_(tensors.get(name, here))
 
     @property
     def parameter_names(self) -> list[str]:

@@ -108,7 +108,8 @@ def read_whole(file: Path, model: LanguageModel, optimizer: Optimizer) -> None:
 def _read_optimizer(
     folder: Path, model: LanguageModel, optimizer: Optimizer, steps: Mapping[str, float], keys: Keys
 ) -> None:
-    """`steps` are those of each weight, by its name."""
+    """`steps` are those of each weight, by its name. Masters that the folder lacks were the weights themselves, which
+    have to be restored before."""
     masters = optimizer.masters
     optimizer.adamw.state.clear()
     steps = {name: step for name, step in steps.items() if name in masters}
@@ -120,9 +121,12 @@ def _read_optimizer(
             "step": torch.tensor(step, dtype=torch.float32, device=device),
             **{moment: torch.zeros_like(master, requires_grad=False) for moment in MOMENTS},
         }
+    optimizer.restore_masters({})
+    there = tensors_in(folder) if folder.is_dir() else {}
+    lacking = {keys.master.format(name=name) for name in optimizer.master_tensors} - there.keys()
     targets = _state(model, optimizer, steps, keys)
-    if targets:
-        read(model, targets, folder)
+    if targets.keys() - lacking:
+        read(model, {key: target for key, target in targets.items() if key not in lacking}, folder)
 
 
 def export_sharded(folder: Path, target: Path, file_bytes: int = FILE_BYTES) -> Path:

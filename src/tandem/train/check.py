@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from tandem.checkpoint import newest, read_json, read_tensors, save, write_tensors
 from tandem.checkpoint.disk import free_bytes as free_on_disk
-from tandem.checkpoint.manifest import read_manifest
 from tandem.config import difference, load
 from tandem.config.run import Run
 from tandem.data.prompts import PromptSet, load_prompts
@@ -24,6 +23,8 @@ from tandem.journal import visible
 from tandem.journal.sinks import check_sinks
 from tandem.model import tokenizer_of
 from tandem.model.load import existing
+from tandem.model.value import REWARD_KEY
+from tandem.placement.inline import sampling_params
 from tandem.rewards.scorer import Scorer
 from tandem.train import footprint, trial
 from tandem.train.beside import look_at_others
@@ -33,15 +34,15 @@ from tandem.train.finding import Finding, Line
 from tandem.train.folder_bytes import folder_bytes
 from tandem.train.footprint import Memory, Shape, readable, several
 from tandem.train.layouts import check_layouts, critic_axes, holds_reference, layouts_of
+from tandem.train.lengths import check_engine, look_at_rows, look_at_truths, spread, too_short
 from tandem.train.reward_model import (
     look_at_column,
     look_at_reward_model,
     reward_model_axes,
     with_reward_model,
 )
+from tandem.train.run import steps_done
 
-SAMPLE = 256
-"""Prompts whose round trip is checked, spread over the data."""
 SHOWN = 3
 """Problems of one kind that are written out."""
 TIGHT = 0.8
@@ -171,7 +172,7 @@ def look_at_eval_data(bench: Bench) -> list[Line]:
 def look_at_template(bench: Bench) -> list[Line]:
     """Do a few hundred prompts say in tokens what they say as text?"""
     sets = [p for p in (train_data(bench), bench.held_out) if p is not None]
-    prompts = [q for p in sets for q in p.prompts[:: max(1, len(p.prompts) // SAMPLE)][:SAMPLE]]
+    prompts = [prompt for p in sets for prompt in spread(p.prompts)]
     problems = check_round_trip(prompts, tokenizer(bench))
     lines: list[Line] = [("problem", visible(text)) for text in problems[:SHOWN]]
     if len(problems) > SHOWN:
@@ -197,28 +198,24 @@ def look_at_reward(bench: Bench) -> list[Line]:
 
 
 def look_at_lengths(bench: Bench) -> list[Line]:
-    """Prompt and answer must fit the model, and the truth should fit the answer."""
-    run, positions = bench.run, shape(bench).positions
-    longest = train_data(bench).lengths.longest
+    """Prompt and answer must fit the models, and the truth should fit the answer."""
+    run, trained = bench.run, train_data(bench).lengths.longest
     held_out = bench.held_out.lengths.longest if bench.held_out is not None else 0
-    answer = run.sampling.max_answer_tokens
-    total = max(longest, held_out) + answer
-    said = f"prompt {max(longest, held_out)} + answer {answer} = {total} tokens of the model's {positions:,} positions"
-    if total > positions:
-        remedy = "lower sampling.max_answer_tokens, or data.max_prompt_tokens with data.on_overlong=skip"
-        return [("problem", f"{said}; {remedy}")]
-    lines: list[Line] = [("ok", said)]
-    prompts = train_data(bench).prompts
-    truths = [p.truth for p in prompts[:: max(1, len(prompts) // SAMPLE)][:SAMPLE] if p.truth]
-    over = [t for t in truths if len(tokenizer(bench).encode(t, add_special_tokens=False)) > answer]
-    if over:
-        lines.append(
-            (
-                "warning",
-                f"{len(over)} of {len(truths)} truths alone are longer than sampling.max_answer_tokens",
-            )
-        )
-    return lines
+    lines = look_at_rows(run, shape(bench).positions, trained, held_out)
+    if bench.others:
+        # That of the reward model is told with the reward.
+        short = too_short(run, trained, held_out)
+        lines += [("problem", said) for key, said in short if key != REWARD_KEY]
+    return lines + look_at_truths(run, spread(train_data(bench).prompts), tokenizer(bench))
+
+
+def look_at_engine(bench: Bench) -> list[Line]:
+    """Whether it can sample as it is asked to; it is not started."""
+    run = bench.run
+    params = sampling_params(run, train_data(bench).template, tokenizer(bench))
+    longest = bench.longest_prompt() + run.sampling.max_answer_tokens
+    check_engine(run, params, longest, shape(bench).positions)
+    return [("ok", f"{run.engine.kind}, which was not started; it can sample as asked")]
 
 
 def look_at_memory(bench: Bench) -> list[Line]:
@@ -342,7 +339,7 @@ def look_at_run_folder(bench: Bench) -> list[Line]:
                 "or train with --fresh or --allow-config-change",
             )
         ]
-    return [("ok", f"{folder}: goes on from step {read_manifest(checkpoint).step} of {bench.run.steps}")]
+    return [("ok", f"{folder}: goes on from step {steps_done(bench.run, checkpoint)} of {bench.run.steps}")]
 
 
 def tokenizer(bench: Bench) -> PreTrainedTokenizerBase:
@@ -389,6 +386,7 @@ LOOKS: dict[str, Callable[[Bench], list[Line]]] = {
     "template": look_at_template,
     "reward": look_at_reward,
     "lengths": look_at_lengths,
+    "engine": look_at_engine,
     "memory": look_at_memory,
     "disk": look_at_disk,
     "save": look_at_saving,

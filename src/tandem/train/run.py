@@ -2,7 +2,6 @@
 
 import itertools
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,6 @@ from tandem.config.run import Run
 from tandem.data import tasks
 from tandem.data.prompts import PromptSet, load_prompts
 from tandem.device import describe, pick, set_threads, synchronize
-from tandem.engine import SamplingParams
-from tandem.engine.vllm import check_params, check_room
 from tandem.errors import ConfigError
 from tandem.journal import Journal, Summary, Timer, draw, read_metrics, sample_answers, visible
 from tandem.learner import Actor, Reference
@@ -33,9 +30,10 @@ from tandem.placement.inline import sampling_params
 from tandem.rewards.scorer import Scorer
 from tandem.train import snapshot
 from tandem.train.beside import check_models
-from tandem.train.evaluation import eval_params, held_out_prompts
+from tandem.train.evaluation import held_out_prompts
 from tandem.train.interrupt import Interrupted, Interruption
 from tandem.train.layouts import check_layouts
+from tandem.train.lengths import check_lengths
 from tandem.train.reinforce import reinforce
 from tandem.train.session import Session
 from tandem.train.supervised import demonstrations, supervise, warmup_optimizer
@@ -93,12 +91,7 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
     step = 0
     if resume is not None:
         check_same(run, resume, launch)
-        step = read_manifest(resume).step
-    if step > run.steps:
-        raise ConfigError(
-            f"{resume} has {step} steps done, more than steps={run.steps}; set steps={step} to end there, or begin "
-            "anew with --fresh"
-        )
+        step = steps_done(run, resume)
     console.print(run.arithmetic(), highlight=False, markup=False)
     # Elsewhere the accelerators belong to the workers.
     device = pick(run.device if run.placement.kind == "inline" else "cpu")
@@ -121,7 +114,8 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
     if run.placement.kind == "inline" or (resume is None and run.warmup is not None):
         model = load_model(run.model, tokenizer, device, seed=run.seed)
     params = sampling_params(run, prompts.template, tokenizer)
-    check_lengths(run, params, max_positions(run, model), [*prompts.prompts, *held_out])
+    longest_held_out = max((len(prompt.tokens) for prompt in held_out), default=0)
+    check_lengths(run, params, max_positions(run, model), prompts.lengths.longest, longest_held_out)
     (folder / "config.yaml").write_text(dump(run), encoding="utf-8")
     journal.rewind(step - 1, keep_warmup=resume is not None)
     warmed = 0.0
@@ -155,21 +149,15 @@ def max_positions(run: Run, model: LanguageModel | None) -> int:
     return longest_row(describe_model(run.model.path, run.model.trust_remote_code))
 
 
-def check_lengths(run: Run, params: SamplingParams, positions: int, prompts: Sequence[Prompt]) -> None:
-    """The longest prompt and answer must fit the model's positions, and the engine."""
-    longest = max(len(prompt.tokens) for prompt in prompts)
-    total = longest + run.sampling.max_answer_tokens
-    if total > positions:
+def steps_done(run: Run, checkpoint: Path) -> int:
+    """Of a checkpoint; ConfigError where the run has fewer."""
+    step = read_manifest(checkpoint).step
+    if step > run.steps:
         raise ConfigError(
-            f"the longest prompt ({longest} tokens) and sampling.max_answer_tokens={run.sampling.max_answer_tokens}"
-            f" make {total}, above the model's {positions} positions; lower sampling.max_answer_tokens, or "
-            "data.max_prompt_tokens with data.on_overlong=skip"
+            f"{checkpoint} has {step} steps done, more than steps={run.steps}; set steps={step} to end there, or begin "
+            "anew with --fresh"
         )
-    if run.engine.kind == "vllm":
-        check_params(params)
-        if run.eval.every is not None and run.data.eval is not None:
-            check_params(eval_params(run, params), "eval")
-        check_room(total, params, min(positions, run.engine.max_model_len or positions))
+    return step
 
 
 def check_same(run: Run, checkpoint: Path, launch: Launch) -> None:

@@ -11,7 +11,7 @@ from tandem.config.sections import Optimizer
 from tandem.errors import ConfigError
 from tandem.train import footprint
 from tandem.train.footprint import Memory, Shape
-from tandem.train.layouts import check_layouts, holds_reference
+from tandem.train.layouts import check_layouts, holds_reference, not_alone
 from tandem.train.plan.axes import Axes, Rules, layouts
 from tandem.train.plan.device import Rates
 from tandem.train.plan.engine import Engine, engines
@@ -135,7 +135,8 @@ def plan(
             f"prompt {lengths.longest_prompt} + answer {lengths.longest_answer} = {longest} tokens are more than the "
             f"model's {shape.positions:,} positions; lower data.max_prompt_tokens or sampling.max_answer_tokens"
         )
-    check_layouts(run, None)
+    if run.placement.learners > 1:
+        check_layouts(run, None)
     if rates.host_memory:
         # What is estimated for a device that is not there must not depend on one that is.
         run = run.model_copy(update={"device": "meta"})
@@ -153,11 +154,13 @@ class Search:
         self.plan, self.rules, self.roles = made, rules, given.roles
         # An engine alone on a single device is in the learner's process.
         beside = made.count > 1 or made.run.placement.kind == "colocated"
+        homes = {False: given, True: given.resident()}
         self._variants = {
-            shared: variants(given, beside=shared and beside)
+            (shared, alone): variants(home, beside=shared and beside, alone=alone)
             if offload
-            else [given.sleeping(given.run.learner.sleep and shared)]
+            else [home.sleeping(given.run.learner.sleep and shared)]
             for shared in (True, False)
+            for alone, home in homes.items()
         }
         self._places: dict[tuple[Variant, int], dict[str, Place]] = {}
         self._engines: dict[tuple[int, int, bool], Engine | float] = {}
@@ -174,7 +177,12 @@ class Search:
 
     def _with(self, samplers: int) -> Iterator[Offer]:
         run, learners = self.plan.run, self.plan.count - samplers
-        refusals = [why for role in self.roles if (why := role.refusal(learners)) is not None]
+        alone = learners == 1
+        refusals = [
+            why
+            for role in self.roles
+            if (why := not_alone(role.name, role.layout) if alone else role.refusal(learners)) is not None
+        ]
         if refusals:
             self.plan.refused[refusals[0]] += 1
             return
@@ -197,7 +205,7 @@ class Search:
     def _fit(self, axes: Axes, samplers: int) -> Offer | Miss:
         """With as little in host memory as will do."""
         found: Offer | Miss | None = None
-        for variant in self._variants[not samplers]:
+        for variant in self._variants[not samplers, axes.world == 1]:
             found = self._try(axes, samplers, variant)
             if isinstance(found, Offer):
                 return found

@@ -59,19 +59,26 @@ class Variant:
         ]
         return Variant(run=self.run.model_copy(update={"learner": learner}), roles=roles)
 
+    def resident(self) -> "Variant":
+        """The same with the weights and gradients of all models where they compute."""
+        learner = self.run.learner.model_copy(update={"layout": resident(self.run.learner.layout)})
+        roles = [replace(role, layout=resident(role.layout)) for role in self.roles]
+        return Variant(run=self.run.model_copy(update={"learner": learner}), roles=roles)
+
     def sleeping(self, asleep: bool) -> "Variant":
         """The same with the learner asleep, or awake, while engines sample."""
         learner = self.run.learner.model_copy(update={"sleep": asleep})
         return replace(self, run=self.run.model_copy(update={"learner": learner}))
 
 
-def variants(given: Variant, *, beside: bool) -> list[Variant]:
+def variants(given: Variant, *, beside: bool, alone: bool) -> list[Variant]:
     """What the recipe has in host memory, and then more. `beside`: engines of other processes are on the learner's
-    devices, and only then can it sleep."""
+    devices, and only then can it sleep. `alone`: there is one learner, and of its models only optimizers wait there."""
     sleeps = (given.run.learner.sleep, True) if beside else (False,)
+    more = ((False, False), (True, False), *[(True, True)] * (not alone))
     made = [
         given.offloading(optimizer, parameters).sleeping(asleep)
-        for optimizer, parameters in ((False, False), (True, False), (True, True))
+        for optimizer, parameters in more
         for asleep in sleeps
     ]
     return list({variant.keys: variant for variant in reversed(made)}.values())[::-1]
@@ -85,3 +92,8 @@ def laid(layout: Layout, away: bool) -> Layout:
     """With the weights in host memory, and the gradients with them."""
     update = {"offload_parameters": True, "offload_gradients": False}
     return layout.model_copy(update=update) if away else layout
+
+
+def resident(layout: Layout) -> Layout:
+    """With nothing of it in host memory."""
+    return layout.model_copy(update={"offload_parameters": False, "offload_gradients": False})
