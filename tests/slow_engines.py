@@ -47,7 +47,7 @@ class SlowEngine:
     def pause(self, version: int) -> None:
         self.wanted = version
 
-    def abandon(self) -> None:
+    def abandon(self, number: int) -> None:
         self.dead.set()
 
     def progress(self, number: int, heard: int) -> Progress:

@@ -11,6 +11,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from copies import policy
 from ray_runs import SMALL, alive, family, pids, steps_done, wait_until
 from small_recipe import recipe
 from tandem.checkpoint import newest
@@ -186,3 +187,30 @@ def test_an_engine_with_older_weights_refuses_to_sample():
     with pytest.raises(RunError, match="has version 0 of the weights, not 3"):
         worker.generate(1, [Request(tokens=(1, 2), key=0)], SamplingParams(max_tokens=2), 3)
     assert len(worker.engine.generate([Request(tokens=(1, 2), key=0)], SamplingParams(max_tokens=2))) == 1
+
+
+def test_a_call_that_is_not_wanted_ends_whenever_that_is_said_and_the_next_goes_on(tmp_path, monkeypatch):
+    """Both before it has begun and while the one after it is under way."""
+    from tandem.placement.cluster.engine_worker import Abandoned, EngineWorker
+    from tandem.placement.cluster.process import Process
+
+    monkeypatch.setattr(Process, "__init__", lambda self, log, run: None)
+    worker = EngineWorker(str(tmp_path / "log"), load(recipe(tmp_path)))
+    worker._engine = ReceivingEngine(policy(), FilesRoad(), slots=4)
+    asked = (
+        [Request(tokens=(5, 6, 7), key=key) for key in range(3)],
+        SamplingParams(max_tokens=4, min_tokens=4),
+    )
+    version = worker.engine.version
+    worker.abandon(1)
+    with pytest.raises(Abandoned):
+        worker.generate(1, *asked, version)
+    assert [len(done.tokens) for done in worker.generate(2, *asked, version)] == [4] * 3
+    note = EngineWorker._note
+
+    def late(self, done, tokens):
+        self.abandon(2)
+        note(self, done, tokens)
+
+    monkeypatch.setattr(EngineWorker, "_note", late)
+    assert [len(done.tokens) for done in worker.generate(3, *asked, version)] == [4] * 3

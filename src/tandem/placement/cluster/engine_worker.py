@@ -1,6 +1,5 @@
 """An engine in a process of its own: it samples from a copy of the weights, and only from the version asked for."""
 
-import threading
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -42,9 +41,8 @@ class Progress:
 class EngineWorker(Process):
     def __init__(self, log: str, run: Run) -> None:
         super().__init__(log, run)
-        self._number = self._tokens = self._wanted = 0
+        self._number = self._tokens = self._wanted = self._abandoned = 0
         self._finished: list[tuple[int, Completion]] = []
-        self._stop = threading.Event()
         self._engine: ReceivingEngine | VllmEngine | None = None
         self._meeting: Meeting | None = None
 
@@ -80,7 +78,6 @@ class EngineWorker(Process):
         if self.engine.version != version:
             raise RunError(f"the engine has version {self.engine.version} of the weights, not {version}")
         self._finished, self._tokens, self._number = [], 0, number
-        self._stop.clear()
         return self.engine.generate(requests, params, poll=self._note, on_done=self._keep)
 
     def progress(self, number: int, heard: int) -> Progress:
@@ -94,9 +91,10 @@ class EngineWorker(Process):
         are."""
         self._wanted = version
 
-    def abandon(self) -> None:
-        """End the call under way."""
-        self._stop.set()
+    def abandon(self, number: int) -> None:
+        """End the call of that number and those before it, under way or to come: methods may begin in another order
+        than they were asked for."""
+        self._abandoned = max(self._abandoned, number)
 
     def sleep(self) -> None:
         """Give the device's memory to the learner beside it; the next version of the weights wakes the engine."""
@@ -121,7 +119,7 @@ class EngineWorker(Process):
 
     def _note(self, done: int, tokens: int) -> None:
         self._tokens = tokens
-        if self._stop.is_set():
+        if self._number <= self._abandoned:
             raise Abandoned("the answers are no longer wanted")
         if self.engine.version < self._wanted:
             raise Pause

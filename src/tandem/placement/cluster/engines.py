@@ -368,5 +368,5 @@ class Engines:
             job.error = job.error or error
         for seat in self.seats:
             if seat.work and seat.worker and (error or not seat.work.wanted):
-                seat.worker.call("abandon")
+                seat.worker.call("abandon", seat.work.number)
                 seat.work = None
