@@ -153,12 +153,13 @@ def held_against(whole: list[dict], ours: list[dict]) -> None:
 
 
 @pytest.mark.parametrize("more", [
-    {"placement.learners": 1, "placement.engines": 2, "algorithm.kl.coef": 0.0, "model.dtype": "fp32"},
+    {"placement.learners": 1, "placement.engines": 2, "algorithm.kl.coef": 0.0},
     {
         "placement.learners": 2,
         "placement.engines": 1,
         "learner.layout": "{pipeline: 2}",
         "model.lora": "{rank: 4}",
+        "model.dtype": "fp32",
     },
 ])  # fmt: skip
 def test_a_cluster_joined_by_address_runs_its_recipe(nodes, tmp_path, more):
