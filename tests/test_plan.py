@@ -17,6 +17,7 @@ from tandem.train.plan.axes import Axes, Rules, layouts
 from tandem.train.plan.device import find
 from tandem.train.plan.report import text
 from tandem.train.plan.request import lengths_of
+from tandem.train.plan.stages import stages_of
 
 
 def test_a_reference_lies_as_its_own_layout_says(tmp_path):
@@ -65,7 +66,8 @@ def test_a_critic_lies_as_its_own_layout_says_and_reads_and_learns_each_step(tmp
         for part, each in {"critic": 2, "critic's optimizer": 8, "critic's master weights": 4}.items():
             assert held[part] == pytest.approx(each * parameters / 32, rel=1e-3)
         assert held | alone.load.together.lasting == held
-        assert place.memory.update["logits"] < offer.places["actor"].memory.update["logits"] / 1e3
+        head = offer.places["actor"].at(stages_of(offer.axes, 80)[-1])
+        assert place.memory.update["logits"] < head.update["logits"] / 1e3
         assert place.passes["values"].products == pytest.approx(reading, rel=1e-3)
         more = offer.seconds["values"] + offer.seconds["critic update"]
         assert offer.learning_s == pytest.approx(alone.learning_s + more) and more > 0

@@ -30,6 +30,7 @@ from tandem.train.plan.engine import engines
 from tandem.train.plan.link import links
 from tandem.train.plan.plan import plan
 from tandem.train.plan.request import lengths_of
+from tandem.train.plan.stages import Stages, stages_of
 from tiny_models import SHAPE, language_model
 
 ASKED = {
@@ -124,6 +125,11 @@ def test_weights_gradients_and_optimizer_of_a_layout_are_what_its_processes_hold
     assert memory.update["gradients"] == pytest.approx(fullest["gradients"], rel=0.1)
 
 
+def whole(axes: Axes) -> Stages:
+    """What a process without a pipeline has of the mixture."""
+    return Stages(axes=axes, layers=3)
+
+
 def mixture(**sizes: int) -> LanguageModel:
     shape = {**SHAPE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
     config = Qwen3MoeConfig(
@@ -145,11 +151,13 @@ def test_the_sizes_of_a_mixture_are_read_from_its_config(tmp_path):
     assert (shape.experts, shape.active, shape.expert_parameters) == (8, 2, experts)
     assert shape.used == shape.dense + experts / 4
     both = Axes(shard=8, expert=4)
-    assert footprint.held(shape, both)[0] == pytest.approx(shape.parameters / 8, abs=1)
-    assert footprint.gathered(shape, both, 2) < footprint.gathered(shape, Axes(shard=8), 2)
+    assert footprint.held(shape, whole(both))[0] == pytest.approx(shape.parameters / 8, abs=1)
+    assert footprint.gathered(shape, whole(both), 2) < footprint.gathered(shape, whole(Axes(shard=8)), 2)
     # A tensor group's processes have the same experts.
     split = Axes(shard=4, tensor=2, expert=2)
-    assert footprint.held(shape, split)[0] == math.ceil(((shape.parameters - experts) / 2 + experts) / 4)
+    assert footprint.held(shape, whole(split))[0] == math.ceil(
+        ((shape.parameters - experts) / 2 + experts) / 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,18 +195,19 @@ def test_the_estimate_of_a_mixtures_activations_is_near_what_the_backward_pass_k
     ("ranks", "chunks", "parts"), [(2, 1, 8), (4, 1, 3), (2, 2, 8), (4, 2, 16), (4, 4, 2), (4, 2, 6)]
 )
 def test_a_pipeline_keeps_and_waits_as_its_schedule_says(tmp_path, schedule, ranks, chunks, parts):
-    """Passes that the first process has not gone back through, and ticks in which a process has nothing to do."""
+    """Passes that each process has not gone back through, and ticks in which a process has nothing to do."""
     played = Schedule(kind=schedule, ranks=ranks, chunks=chunks).ticks(parts, train=True)
-    held = most = 0
+    held, most = [0] * ranks, [0] * ranks
     for tick in played:
-        if tick[0] is not None:
-            held += -1 if tick[0].backward else 1
-        most = max(most, held)
+        for rank, action in enumerate(tick):
+            if action is not None:
+                held[rank] += -1 if action.backward else 1
+            most[rank] = max(most[rank], held[rank])
     run = large(tmp_path, "dense", f"learner.layout.pipeline_schedule={schedule}")
     axes = Axes(pipeline=ranks, pipeline_chunks=chunks)
-    shape = footprint.shape_of(run.model, None)
     layers = 80 / (ranks * chunks)
-    assert footprint.kept_layers(schedule, shape, axes, parts) == pytest.approx(most * layers, rel=0.15)
+    kept = [stages.kept(schedule, parts) for stages in stages_of(axes, 80)]
+    assert kept == pytest.approx([passes * layers for passes in most], rel=0.15)
     waiting = len(played) / (2 * parts * chunks) - 1
     made = trainer(run, axes, ranks)
     tokens = replace(work.share(run, made.lengths, 1), forwards=parts)
@@ -213,9 +222,10 @@ def test_uneven_stages_cost_what_the_fullest_process_has(tmp_path):
     run = large(tmp_path, "dense")
     shape = footprint.shape_of(run.model, None)
     even, uneven = Axes(pipeline=2), Axes(pipeline=2, pipeline_chunks=2, pipeline_layers=(30, 20, 20, 10))
-    assert (even.layers(80), uneven.layers(80)) == (40, 50)
+    assert [[s.layers for s in stages_of(axes, 80)] for axes in (even, uneven)] == [[40, 40], [50, 30]]
     layer = (shape.parameters - shape.embedding - shape.head) / 80
-    assert footprint.held(shape, uneven)[0] - footprint.held(shape, even)[0] == pytest.approx(10 * layer)
+    more = (footprint.held(shape, stages_of(axes, 80)[0])[0] for axes in (uneven, even))
+    assert next(more) - next(more) == pytest.approx(10 * layer)
     slower = trainer(run, uneven, 2).update().products / trainer(run, even, 2).update().products
     assert slower == pytest.approx(50 / 40)
     layout = Layout(pipeline=2, pipeline_chunks=2, pipeline_layers=[30, 20, 20, 10], tensor=2)
@@ -251,7 +261,7 @@ def test_a_learner_sleeps_where_engine_and_learner_do_not_fit_at_once(tmp_path):
     assert asleep and not any(offer.samplers for offer in asleep)
     for offer in asleep:
         update = offer.load.together.update
-        lasting = sum(offer.load.together.lasting.values())
+        lasting = sum(place.lasting for place in offer.places.values())
         assert offer.load.asleep == lasting and offer.engine.bytes > 2 * shape.parameters
         assert lasting + offer.engine.bytes > offer.peak
         assert offer.peak == max(lasting + sum(update.values()), offer.engine.bytes)

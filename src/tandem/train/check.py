@@ -32,9 +32,10 @@ from tandem.train.critic_bytes import critic_shape, saved_bytes, with_critic
 from tandem.train.evaluation import held_out_prompts
 from tandem.train.finding import Finding, Line
 from tandem.train.folder_bytes import folder_bytes
-from tandem.train.footprint import Memory, Shape, readable, several
+from tandem.train.footprint import Shape
 from tandem.train.layouts import check_layouts, critic_axes, holds_reference, layouts_of
 from tandem.train.lengths import check_engine, look_at_rows, look_at_truths, spread, too_short
+from tandem.train.memory import Memory, readable, several
 from tandem.train.reward_model import (
     look_at_column,
     look_at_reward_model,

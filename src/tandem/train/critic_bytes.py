@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerFast
 from tandem.config.run import Run
 from tandem.model.load import DTYPES
 from tandem.train import footprint
-from tandem.train.footprint import FLOAT, Memory, Shape
+from tandem.train.footprint import FLOAT, Shape
+from tandem.train.memory import Memory
 from tandem.train.plan.axes import ALONE, Axes
 
 

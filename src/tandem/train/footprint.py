@@ -2,7 +2,7 @@
 
 import math
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -17,7 +17,9 @@ from tandem.model.attention import NAME, SCORES
 from tandem.model.load import DTYPES, with_adapter
 from tandem.model.new import new_network, new_tokenizer
 from tandem.model.product import FEW
+from tandem.train.memory import Memory, fullest
 from tandem.train.plan.axes import ALONE, Axes
+from tandem.train.plan.stages import Stages, fullest_of
 
 FLOAT = 4
 LOGIT_COPIES = 3
@@ -171,52 +173,6 @@ def projected(linear: dict[str, int], name: str) -> int:
     return sum(size for path, size in linear.items() if path.rpartition(".")[2] == name)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """Bytes by purpose. `lasting` is there all the time; of the two phases only one is."""
-
-    lasting: dict[str, int]
-    sampling: dict[str, int] = field(default_factory=dict)
-    update: dict[str, int] = field(default_factory=dict)
-    host: dict[str, int] = field(default_factory=dict)
-    """What offloading of the optimizer and the layout put in the memory of the host."""
-
-    @property
-    def peak(self) -> int:
-        """Most bytes at once on the device of a learner that an engine shares."""
-        return sum(self.lasting.values()) + max(self.engine, sum(self.update.values()))
-
-    @property
-    def learner(self) -> int:
-        """The same of a learner alone."""
-        return sum(self.lasting.values()) + sum(self.update.values())
-
-    @property
-    def engine(self) -> int:
-        """The same of an engine alone."""
-        return sum(self.sampling.values())
-
-    def keeping(self, name: str) -> "Memory":
-        """Where a part of sampling stays between the phases."""
-        phase = {other: size for other, size in self.sampling.items() if other != name}
-        return replace(self, lasting=self.lasting | {name: self.sampling[name]}, sampling=phase)
-
-    def beside(self, name: str, other: "Memory") -> "Memory":
-        """With another model on the same processes. Models learn one after the other, so of their updates the larger
-        counts."""
-        larger = max(self.update, other.update, key=lambda parts: sum(parts.values()))
-        lasting, host = (
-            ours | {name if part == "weights" else f"{name}'s {part}": size for part, size in theirs.items()}
-            for ours, theirs in ((self.lasting, other.lasting), (self.host, other.host))
-        )
-        return replace(self, lasting=lasting, update=larger, host=host)
-
-    def sentence(self) -> str:
-        larger = max(self.sampling, self.update, key=lambda phase: sum(phase.values()))
-        parts = {name: size for name, size in (self.lasting | larger).items() if size}
-        return ", ".join(f"{name} {readable(size)}" for name, size in parts.items())
-
-
 def memory(
     run: Run,
     shape: Shape,
@@ -227,19 +183,35 @@ def memory(
 ) -> Memory:
     """What the fullest process of a layout takes at its peak; `reference` is given where the run holds a reference
     model of its own, which has a layout of its own."""
-    learner = run.learner
-    need = learning(run, shape, learner.layout, learner.optimizer, longest_prompt, axes)
+    learner, apart = run.learner, run.placement.kind == "apart"
+    engine = sampling(run, shape, longest_prompt, DTYPES[run.model.dtype].itemsize)
+    each = [
+        replace(
+            learning_at(run, shape, learner.layout, learner.optimizer, longest_prompt, stages),
+            sampling=engine,
+        )
+        for stages in fullest_of(axes, shape.layers)
+    ]
+    need = max(each, key=lambda one: one.learner if apart else one.peak)
     if reference is not None:
         need = need.beside("reference", frozen(run, reference, run.reference.layout, reference_axes))
-    return replace(need, sampling=sampling(run, shape, longest_prompt, DTYPES[run.model.dtype].itemsize))
+    return need
 
 
 def learning(
     run: Run, shape: Shape, layout: Layout, optimizer: Optimizer, longest_prompt: int, axes: Axes
 ) -> Memory:
     """What a model that learns takes on the fullest process of a layout."""
+    stages = fullest_of(axes, shape.layers)
+    return fullest([learning_at(run, shape, layout, optimizer, longest_prompt, each) for each in stages])
+
+
+def learning_at(
+    run: Run, shape: Shape, layout: Layout, optimizer: Optimizer, longest_prompt: int, stages: Stages
+) -> Memory:
+    """The same on the processes with these stages."""
     word = DTYPES[run.model.dtype].itemsize
-    weights, trained = held(shape, axes)
+    weights, trained = held(shape, stages)
     states = {"optimizer": 2 * trained * FLOAT}
     if word != FLOAT or optimizer.offload:
         states["master weights"] = trained * FLOAT
@@ -249,7 +221,7 @@ def learning(
         host |= states | {"gradients of the masters": trained * FLOAT}
     else:
         lasting |= states
-    updating = update(run, shape, longest_prompt, word, axes, layout.pipeline_schedule)
+    updating = update(run, shape, longest_prompt, word, stages, layout.pipeline_schedule)
     if layout.offload_parameters:
         host["weights"] = lasting.pop("weights")
     if layout.offload_parameters or layout.offload_gradients:
@@ -259,37 +231,52 @@ def learning(
 
 def frozen(run: Run, shape: Shape, layout: Layout, axes: Axes) -> Memory:
     """What a model that is only read takes on the fullest process of a layout."""
-    weights = {"weights": held(shape, axes)[0] * DTYPES[run.model.dtype].itemsize}
+    return fullest([frozen_at(run, shape, layout, stages) for stages in fullest_of(axes, shape.layers)])
+
+
+def frozen_at(run: Run, shape: Shape, layout: Layout, stages: Stages) -> Memory:
+    """The same on the processes with these stages."""
+    weights = {"weights": held(shape, stages)[0] * DTYPES[run.model.dtype].itemsize}
     away = layout.offload_parameters
     return Memory(lasting={} if away else weights, host=weights if away else {})
 
 
-def held(shape: Shape, axes: Axes) -> tuple[int, int]:
-    """Weights, and trained ones among them, that the fullest process holds all the time."""
-    stage = axes.layers(shape.layers) / shape.layers
-    outside = shape.embedding + (0 if shape.tied else shape.head)
-    here = outside if axes.pipeline == 1 else max(shape.embedding, shape.head)
-    experts = shape.expert_parameters * stage
-    split = (shape.parameters - outside) * stage - experts + here
+def held(shape: Shape, stages: Stages) -> tuple[int, int]:
+    """Weights, and trained ones among them, that a process has all the time. A head that is the embedding is there
+    twice where the ends of a pipeline are two processes."""
+    axes, share = stages.axes, stages.layers / shape.layers
+    experts = shape.expert_parameters * share
+    split = inside(shape) * share - experts + outside(shape, stages)
     weights = split / axes.tensor + experts
     trained = weights
     if shape.trainable < shape.parameters:
-        trained = shape.trainable * stage / axes.tensor
+        trained = shape.trainable * share / axes.tensor
     return math.ceil(weights / axes.cut), math.ceil(trained / axes.cut)
 
 
-def gathered(shape: Shape, axes: Axes, word: int) -> int:
+def inside(shape: Shape) -> int:
+    """Weights of all layers."""
+    return shape.parameters - outside(shape, Stages(layers=shape.layers))
+
+
+def outside(shape: Shape, stages: Stages) -> int:
+    """Weights of a process that are in no layer: the embedding, the last norm, the output head."""
+    head = 0 if stages.first and shape.tied else shape.head
+    return shape.embedding * stages.first + (shape.hidden + head) * stages.last
+
+
+def gathered(shape: Shape, stages: Stages, word: int) -> int:
     """Bytes of whole weights that are there only while they are used: those outside the layers, and of two layers
     (one computes, the next arrives) with one layer's gradient, which is summed in float32."""
+    axes = stages.axes
     if axes.cut == 1:
         return 0
-    outside = shape.embedding + (0 if shape.tied else shape.head)
-    here = outside if axes.pipeline == 1 else max(shape.embedding, shape.head)
-    split = (shape.parameters - outside - shape.expert_parameters) / axes.tensor
+    split = (inside(shape) - shape.expert_parameters) / axes.tensor
     layer = (split + shape.expert_parameters / axes.expert) / shape.layers
     trained = 1.0 if shape.trainable == shape.parameters else shape.trainable / shape.parameters
     gradients = trained * (word + FLOAT)
-    return int(layer * (2 * word + gradients) + here * (word + trained * word) / axes.tensor)
+    rest = outside(shape, stages) / axes.tensor
+    return int(layer * (2 * word + gradients) + rest * (word + trained * word))
 
 
 def sampling(run: Run, shape: Shape, longest_prompt: int, word: int) -> dict[str, int]:
@@ -334,55 +321,43 @@ def drawing(run: Run, shape: Shape) -> int:
 
 
 def update(
-    run: Run, shape: Shape, longest_prompt: int, word: int, axes: Axes, schedule: str
+    run: Run, shape: Shape, longest_prompt: int, word: int, stages: Stages, schedule: str
 ) -> dict[str, int]:
     """Forward and backward of one micro-batch, or of those on their way through a pipeline, with all gradients."""
-    answer, group = run.sampling.max_answer_tokens, run.sampling.answers_per_prompt
+    axes, answer, group = stages.axes, run.sampling.max_answer_tokens, run.sampling.answers_per_prompt
     longest = longest_prompt + answer
     tokens = min(run.learner.room(longest, longest_prompt), run.rollouts_per_step * longest)
     beside = answer * max(1, min(group, (tokens - longest_prompt) // answer))
     answers = tokens * beside // (longest_prompt + beside)
-    logits = answers * shape.vocabulary * FLOAT // (axes.tensor * axes.context)
     layer = shape.kept(axes)
     parts = math.ceil(run.rollouts_per_step * longest / run.learner.updates_per_step / axes.data / tokens)
-    layers = kept_layers(schedule, shape, axes, parts)
+    layers = stages.kept(schedule, parts)
     scores = probabilities(run, shape.heads * answers * longest / (axes.tensor * axes.context))
     kept = layers * (tokens * layer * word + scores)
     if run.learner.checkpointing:
         kept = tokens * (layers * shape.hidden / (axes.tensor * axes.context) + layer) * word + scores
-    copies = GRAPH_COPIES if axes.tensor > 1 or run.algorithm.entropy else LOGIT_COPIES
+    waiting = parts - 1 if axes.pipeline > 1 and schedule == "gpipe" else 0
     found = {
-        "gradients": held(shape, axes)[1] * word,
+        "gradients": held(shape, stages)[1] * word,
         "activations": int(kept),
-        "logits": min(logits, run.learner.logits_mb * MIB) * copies,
+        "logits": logits(run, shape, axes, answers, waiting) if stages.last else 0,
     }
-    whole = gathered(shape, axes, word)
+    whole = gathered(shape, stages, word)
     return found | ({"gathered weights": whole} if whole else {})
+
+
+def logits(run: Run, shape: Shape, axes: Axes, answers: int, waiting: int) -> int:
+    """Bytes for the choice of so many tokens, and what is kept of it for each micro-batch that is `waiting` for its
+    way back: nothing of one whose logits are computed again."""
+    size, room = (
+        answers * shape.vocabulary * FLOAT // (axes.tensor * axes.context),
+        run.learner.logits_mb * MIB,
+    )
+    copies = GRAPH_COPIES if axes.tensor > 1 or run.algorithm.entropy else LOGIT_COPIES
+    return min(size, room) * copies + (size * waiting if size <= room else 0)
 
 
 def probabilities(run: Run, scores: float) -> float:
     """Bytes that a layer keeps of so many scores of answers, where a CPU writes them out."""
     size = scores * FLOAT
     return size if run.model.dtype == "fp32" and size <= SCORES and pick(run.device).type == "cpu" else 0
-
-
-def kept_layers(schedule: str, shape: Shape, axes: Axes, parts: int) -> float:
-    """Layers whose activations the first process of a pipeline keeps at its fullest, while `parts` micro-batches go
-    through: those of one stage for each pass that it has not gone back through."""
-    ranks, chunks = axes.pipeline, axes.pipeline_chunks
-    passes = parts * chunks
-    if schedule == "1f1b":
-        passes = min(passes, ranks if chunks == 1 else 2 * (ranks - 1) + (chunks - 1) * ranks + 1)
-    return passes * axes.layers(shape.layers) / chunks if ranks > 1 else shape.layers
-
-
-def several(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count > 1)}"
-
-
-def readable(size: int) -> str:
-    """1.5 GB, 20 MB: decimal units, as disks are sold and models are published."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size / 1000:.0f} kB"

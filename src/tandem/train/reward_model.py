@@ -11,7 +11,8 @@ from tandem.model.language_model import longest_row
 from tandem.model.value import REWARD_KEY, check_value
 from tandem.train.critic_bytes import with_one_output
 from tandem.train.finding import Line
-from tandem.train.footprint import Memory, Shape, frozen, shape_of
+from tandem.train.footprint import Shape, frozen, shape_of
+from tandem.train.memory import Memory
 from tandem.train.plan.axes import ALONE, Axes
 from tandem.types import Prompt
 

@@ -61,12 +61,6 @@ class Axes:
         over `expert` of these first, and then sharded over the rest."""
         return self.shard * self.context
 
-    def layers(self, layers: int) -> int:
-        """Of a model with so many, those on the process of the pipeline that has the most."""
-        stages = self.pipeline * self.pipeline_chunks
-        counts = self.pipeline_layers or [layers // stages + (s < layers % stages) for s in range(stages)]
-        return max(sum(counts[rank :: self.pipeline]) for rank in range(self.pipeline))
-
     def sizes(self) -> dict[str, int]:
         """Of the axes that are above 1."""
         return {name: size for name, size in asdict(self).items() if isinstance(size, int) and size > 1}

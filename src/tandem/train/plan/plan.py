@@ -2,21 +2,24 @@
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 from tandem.config.layout import Layout
 from tandem.config.run import Run
 from tandem.config.sections import Optimizer
 from tandem.errors import ConfigError
 from tandem.train import footprint
-from tandem.train.footprint import Memory, Shape
+from tandem.train.footprint import Shape, learning_at
 from tandem.train.layouts import check_layouts, holds_reference, not_alone
+from tandem.train.memory import Memory, fullest, readable
 from tandem.train.plan.axes import Axes, Rules, layouts
 from tandem.train.plan.device import Rates
 from tandem.train.plan.engine import Engine, engines
 from tandem.train.plan.link import links
-from tandem.train.plan.role import roles_of
+from tandem.train.plan.role import Role, roles_of
+from tandem.train.plan.stages import Stages, fullest_of
 from tandem.train.plan.training import Pass, Trainer
 from tandem.train.plan.variant import Variant, variants
 from tandem.train.plan.work import Lengths
@@ -27,21 +30,37 @@ NEAREST = 3
 """Layouts that do not fit of which more is said."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Place:
     """Of one model on the learners."""
 
     axes: Axes
-    memory: Memory
-    passes: dict[str, Pass]
+    layers: int
+    at: Callable[[Stages], Memory]
+    """What processes with these stages take."""
+    passes: dict[str, Pass] = field(default_factory=dict)
     """Of a step, by phase."""
+
+    @cached_property
+    def memory(self) -> Memory:
+        """On the fullest process."""
+        return fullest(self._fullest)
+
+    @cached_property
+    def lasting(self) -> int:
+        """Most bytes that are on one process all the time."""
+        return max(sum(one.lasting.values()) for one in self._fullest)
+
+    @cached_property
+    def _fullest(self) -> list[Memory]:
+        return [self.at(stages) for stages in fullest_of(self.axes, self.layers)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """What models take on the fullest learner; the engine's part is not in it."""
 
-    own: Memory
+    own: Place
     """Of the policy."""
     together: Memory
     asleep: int
@@ -222,27 +241,27 @@ class Search:
         if load.together.learner > usable:
             parts = load.together.lasting | load.together.update
             largest = max(parts, key=lambda part: parts[part])
-            why = f"the update, most of it {largest} ({footprint.readable(parts[largest])})"
+            why = f"the update, most of it {largest} ({readable(parts[largest])})"
             return miss(load.together.learner - usable, why)
         waiting = sum(load.together.host.values()) + load.asleep - host
         if host and waiting > 0:
-            return miss(waiting, f"the host's memory, {footprint.readable(int(host))} a device")
+            return miss(waiting, f"the host's memory, {readable(int(host))} a device")
         alone = made.count == 1 and made.run.engine.kind == "embedded" and not load.asleep
-        whole = alone and not samplers and "weights" in load.own.lasting
+        whole = alone and not samplers and "weights" in load.own.memory.lasting
         engine = self._engine(samplers, usable - load.stays, whole)
         if isinstance(engine, float):
             return miss(engine, "sampling one answer at a time")
         return self._offer(axes, samplers, variant, load, engine)
 
     def _load(self, axes: Axes, samplers: int, variant: Variant) -> Load:
-        made, learner = self.plan, variant.run.learner
-        longest = made.lengths.longest_prompt
-        own = footprint.learning(variant.run, made.shape, learner.layout, learner.optimizer, longest, axes)
-        own = together = self._here(own)
-        for name, place in self._others(variant, axes.world).items():
+        made, at = self.plan, partial(self._policy_at, variant.run)
+        own = Place(axes=axes, layers=made.shape.layers, at=at)
+        others = self._others(variant, axes.world)
+        together = own.memory
+        for name, place in others.items():
             together = together.beside(name, place.memory)
-        lasting = sum(together.lasting.values())
-        asleep = lasting if learner.sleep and not samplers else 0
+        lasting = own.lasting + sum(place.lasting for place in others.values())
+        asleep = lasting if variant.run.learner.sleep and not samplers else 0
         # Where the device is the host, what sleeps lies in another place of the same memory.
         gone = samplers or (asleep and made.rates.host_memory)
         return Load(own=own, together=together, asleep=asleep, stays=0 if gone else lasting)
@@ -250,7 +269,7 @@ class Search:
     def _offer(self, axes: Axes, samplers: int, variant: Variant, load: Load, engine: Engine) -> Offer:
         run, learner = variant.run, variant.run.learner
         trainer = self._trainer(run, self.plan.shape, axes, learner.layout, learner.optimizer)
-        actor = Place(axes=axes, memory=load.own, passes=policy_passes(trainer))
+        actor = replace(load.own, passes=policy_passes(trainer))
         places = {"actor": actor, **self._others(variant, axes.world)}
         moving = {"transfer": trainer.transfer(engine.tensor) if engine.copied else 0.0}
         if load.asleep:
@@ -275,11 +294,20 @@ class Search:
             found = {}
             for role in variant.roles:
                 axes, run = role.axes(learners), variant.run
-                memory = self._here(role.memory(run, self.plan.lengths.longest_prompt, axes))
                 trainer = self._trainer(run, role.shape, axes, role.layout, role.optimizer)
-                found[role.name] = Place(axes=axes, memory=memory, passes=role.passes(trainer))
+                passes = role.passes(trainer)
+                at = partial(self._role_at, role, run)
+                found[role.name] = Place(axes=axes, layers=role.shape.layers, at=at, passes=passes)
             self._places[variant, learners] = found
         return self._places[variant, learners]
+
+    def _policy_at(self, run: Run, stages: Stages) -> Memory:
+        layout, optimizer = run.learner.layout, run.learner.optimizer
+        longest = self.plan.lengths.longest_prompt
+        return self._here(learning_at(run, self.plan.shape, layout, optimizer, longest, stages))
+
+    def _role_at(self, role: Role, run: Run, stages: Stages) -> Memory:
+        return self._here(role.memory(run, self.plan.lengths.longest_prompt, stages))
 
     def _here(self, memory: Memory) -> Memory:
         """Where the device is the host, what waits in host memory is there as well."""

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from tandem.config.schema import as_yaml
-from tandem.train.footprint import Memory, readable
+from tandem.train.memory import Memory, readable
 from tandem.train.plan.keys import changes
 from tandem.train.plan.plan import Offer, Plan
+from tandem.train.plan.ranks import ranks_of
 from tandem.train.plan.training import Pass
 
 REASONS = 3
@@ -69,14 +70,18 @@ def engines(offer: Offer) -> str:
 
 
 def roles(plan: Plan, offer: Offer) -> str:
-    """Memory of each role on its fullest device."""
+    """Memory of each role on a device, and in a pipeline of each of its processes."""
     names = ("weights", "gradients", "optimizer", "activations", "logits", "cache", "other")
-    rows = [["role", *names, "all"]]
-    rows += [row(name, taken(place.memory)) for name, place in offer.places.items()]
-    engine = offer.engine
-    rows.append(row("engine", [engine.weights, 0, 0, 0, engine.logits, engine.cache, 0]))
+    every, engine = list(ranks_of(offer)), offer.engine
+    staged = any(ranks.holds for ranks in every)
+    rows = [["role", *["learners", "layers"] * staged, *names, "all"]]
+    for ranks in every:
+        where = [ranks.learners, ranks.holds or "a part of all"] if staged else []
+        rows.append([ranks.role, *where, *sizes(taken(ranks.memory))])
+    sampling = [engine.weights, 0, 0, 0, engine.logits, engine.cache, 0]
+    rows.append(["engine", *["", ""] * staged, *sizes(sampling)])
     usable = readable(int(plan.rates.usable))
-    notes = [f"memory by role, on its fullest device ({usable} usable); other: weights gathered while in use"]
+    notes = [f"memory by role, on each device ({usable} usable); other: weights gathered while in use"]
     for name, place in offer.places.items() if offer.axes.world > 1 else ():
         if name != "actor":
             notes.append(f"the {name} lies as {name}.layout says: {place.axes}")
@@ -116,8 +121,9 @@ def slots(offer: Offer) -> str:
     return f"an engine decodes {engine.slots} answers at a time with {own}"
 
 
-def row(name: str, sizes: Sequence[float]) -> list[str]:
-    return [name, *(readable(int(size)) if size else "-" for size in [*sizes, sum(sizes)])]
+def sizes(parts: Sequence[float]) -> list[str]:
+    """And their sum."""
+    return [readable(int(size)) if size else "-" for size in [*parts, sum(parts)]]
 
 
 def phases(offer: Offer) -> str:

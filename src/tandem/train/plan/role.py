@@ -13,9 +13,11 @@ from tandem.model.parallel.fit import check_fit
 from tandem.model.value import REWARD_KEY
 from tandem.train import footprint
 from tandem.train.critic_bytes import critic_shape
-from tandem.train.footprint import Memory, Shape
+from tandem.train.footprint import Shape
 from tandem.train.layouts import holds_reference
+from tandem.train.memory import Memory
 from tandem.train.plan.axes import ALONE, Axes
+from tandem.train.plan.stages import Stages
 from tandem.train.plan.training import Pass, Trainer
 from tandem.train.reward_model import reward_model_shape
 
@@ -47,10 +49,11 @@ class Role:
             return str(cause)
         return None
 
-    def memory(self, run: Run, longest_prompt: int, axes: Axes) -> Memory:
+    def memory(self, run: Run, longest_prompt: int, stages: Stages) -> Memory:
+        """What it takes on the processes with these stages."""
         if self.optimizer is None:
-            return footprint.frozen(run, self.shape, self.layout, axes)
-        return footprint.learning(run, self.shape, self.layout, self.optimizer, longest_prompt, axes)
+            return footprint.frozen_at(run, self.shape, self.layout, stages)
+        return footprint.learning_at(run, self.shape, self.layout, self.optimizer, longest_prompt, stages)
 
     def passes(self, trainer: Trainer) -> dict[str, Pass]:
         """Those of a step, by phase; `trainer` is its own."""

@@ -10,6 +10,7 @@ from tandem.train.footprint import FLOAT, Shape, held
 from tandem.train.plan.axes import Axes
 from tandem.train.plan.device import Rates
 from tandem.train.plan.link import Links
+from tandem.train.plan.stages import Stages, fullest_of
 from tandem.train.plan.work import Lengths, Tokens, forward, share, update
 
 OPTIMIZER_BYTES = 28
@@ -80,14 +81,14 @@ class Trainer:
     ) -> Pass:
         layers = passes * self._joining(tokens)
         if self.layout.offload_parameters:
-            more += tokens.forwards * gathers * held(self.shape, self.axes)[0] * self._word / self.rates.host
+            more += tokens.forwards * gathers * held(self.shape, self._most)[0] * self._word / self.rates.host
         ranks, chunks = self.axes.pipeline, self.axes.pipeline_chunks
         # Interleaved stages take turns after as many micro-batches as there are processes, be they there or not.
         idle = (ranks - 1 + (chunks - 1) * (-tokens.forwards % ranks)) / (tokens.forwards * chunks)
         return Pass(
             products=products,
             layers=layers,
-            weights=tokens.forwards * gathers * self._moving(held(self.shape, self.axes)[0], self._word)
+            weights=tokens.forwards * gathers * self._moving(held(self.shape, self._most)[0], self._word)
             + more,
             bubble=idle * (products + layers),
             optimizer=optimizer,
@@ -98,9 +99,14 @@ class Trainer:
         return DTYPES[self.run.model.dtype].itemsize
 
     @property
+    def _most(self) -> Stages:
+        """Those of the process that has the most weights."""
+        return max(fullest_of(self.axes, self.shape.layers), key=lambda stages: held(self.shape, stages)[0])
+
+    @property
     def _layers(self) -> int:
         """Of the process that has the most."""
-        return self.axes.layers(self.shape.layers)
+        return max(stages.layers for stages in fullest_of(self.axes, self.shape.layers))
 
     @property
     def _processes(self) -> float:
@@ -141,12 +147,12 @@ class Trainer:
 
     def _summing(self, forwards: int) -> float:
         """Gradients of a stage: summed in float32 within the shards each time, between the copies once per update."""
-        axes, trained = self.axes, held(self.shape, self.axes)[1]
+        axes, trained = self.axes, held(self.shape, self._most)[1]
         between = self.links.all_reduce(trained * FLOAT, axes.replicate, axes.tensor * axes.cut)
         return forwards * self._moving(trained, FLOAT) + between
 
     def _optimizer(self) -> float:
-        trained = held(self.shape, self.axes)[1]
+        trained = held(self.shape, self._most)[1]
         assert self.optimizer is not None
         rate = self.rates.host if self.optimizer.offload else self.rates.bandwidth
         return trained * OPTIMIZER_BYTES / rate
