@@ -4,13 +4,14 @@ import json
 import math
 from dataclasses import replace
 from functools import reduce
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from parallel_ranks import launch
-from plan_ranks import LAYOUTS, bytes_of_each
+from plan_ranks import ANSWER, ANSWERS, LAYOUTS, PROMPT, TIED, asked, bytes_of_each
 from plan_runs import large, planned, trainer
 from small_recipe import recipe
 from tandem.config import load
@@ -29,9 +30,10 @@ from tandem.train.plan.device import assumed, find
 from tandem.train.plan.engine import engines
 from tandem.train.plan.link import links
 from tandem.train.plan.plan import plan
+from tandem.train.plan.ranks import ranks_of
 from tandem.train.plan.request import lengths_of
 from tandem.train.plan.stages import Stages, stages_of
-from tiny_models import SHAPE, language_model
+from tiny_models import SHAPE
 
 ASKED = {
     "as many slots as answers": ["data.eval=null", "sampling.slots=16"],
@@ -104,25 +106,83 @@ def test_where_memory_is_short_the_cache_has_the_slots_that_the_engine_takes(tmp
 
 
 @pytest.fixture(scope="module")
-def held(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, int]]]:
-    """What each of two processes has in each layout."""
+def held(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[dict[str, int]]]]:
+    """Where two models are, and what each of two processes has of them in each layout."""
     folder = tmp_path_factory.mktemp("plan")
-    language_model("qwen2_untied").save(folder / "model")
+    for name, tied in {"model": False, "tied": True}.items():
+        dense(tied).save(folder / name)
     launch(bytes_of_each, 2, folder)
-    return json.loads((folder / "held.json").read_text())
+    return folder, json.loads((folder / "held.json").read_text())
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_weights_gradients_and_optimizer_of_a_layout_are_what_its_processes_hold(held, tmp_path, name):
-    language_model("qwen2_untied").save(tmp_path / "model")
-    run = load(recipe(tmp_path, model={"new": None, "path": str(tmp_path / "model")}))
-    shape = footprint.shape_of(run.model, None)
-    axes = Axes(**LAYOUTS[name])
-    memory = footprint.memory(run, shape, 24, None, axes)
-    fullest = {part: max(rank[part] for rank in held[name]) for part in held[name][0]}
-    assert memory.lasting["weights"] == pytest.approx(fullest["weights"], rel=0.1)
-    assert memory.lasting["optimizer"] == pytest.approx(fullest["optimizer"], rel=0.1)
-    assert memory.update["gradients"] == pytest.approx(fullest["gradients"], rel=0.1)
+def dense(tied: bool) -> LanguageModel:
+    shape = {**SHAPE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5}
+    config = Qwen2Config(**shape, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied)
+    return LanguageModel(Qwen2ForCausalLM(config).eval(), new_tokenizer(), "dense")
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, TIED])
+def test_what_a_layout_takes_is_what_each_of_its_processes_holds(held, name):
+    """Of a pipeline also what waits for the backward passes, probabilities of the tokens among it."""
+    folder, found = held
+    run = asked(folder, name)
+    shape, learner, axes = footprint.shape_of(run.model, None), run.learner, Axes.of(run.learner.layout, 2)
+    every = stages_of(axes, shape.layers) * (2 // axes.pipeline)
+    for rank, stages in zip(found[name], every, strict=True):
+        made = footprint.learning_at(run, shape, learner.layout, learner.optimizer, PROMPT, stages)
+        assert made.lasting["weights"] == pytest.approx(rank["weights"], rel=0.01)
+        assert made.lasting["optimizer"] == pytest.approx(rank["optimizer"], rel=0.01)
+        assert made.update["gradients"] == pytest.approx(rank["gradients"], rel=0.01)
+        if axes.pipeline > 1:
+            passing = (footprint.LOGIT_COPIES - 1) * ANSWERS * ANSWER * shape.vocabulary * 4 * stages.last
+            kept = made.update["activations"] + made.update["logits"] - passing
+            assert kept == pytest.approx(rank["kept"], rel=0.2)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        Axes(shard=2, tensor=2),
+        Axes(pipeline=2, shard=2),
+        Axes(pipeline=5),
+        Axes(pipeline=2, pipeline_chunks=2, tensor=2),
+        Axes(pipeline=3, pipeline_layers=(1, 3, 1), context=2),
+    ],
+)
+def test_the_weights_of_all_processes_are_those_of_the_model(tmp_path, axes, tied):
+    """And a head that is the embedding once more, where the two ends are not one process."""
+    model = dense(tied)
+    model.save(tmp_path)
+    shape = footprint.shape_of(Model(path=str(tmp_path)), None)
+    every = stages_of(axes, 5)
+    assert sum(stages.layers for stages in every) == 5
+    weights = sum(footprint.held(shape, stages)[0] * axes.cut * axes.tensor for stages in every)
+    more = shape.embedding if tied and axes.pipeline > 1 else 0
+    assert weights == pytest.approx(footprint.count(model.network) + more, abs=axes.world)
+
+
+def test_a_plan_says_what_each_process_of_a_pipeline_takes(tmp_path):
+    """In a row of its own, or of many in as many rows as there are numbers of layers, and both ends."""
+    made = planned(large(tmp_path, "dense", "algorithm.kl.coef=0.1"), "h200", 64, top=10**6)
+    few, many = (next(offer for offer in made.offers if offer.axes.pipeline == size) for size in (4, 40))
+    rows = [ranks for ranks in ranks_of(few) if ranks.role == "actor"]
+    each = few.axes.world // 4
+    assert [ranks.learners for ranks in rows] == [f"{i * each}-{(i + 1) * each - 1}" for i in range(4)]
+    assert [ranks.holds for ranks in rows] == ["20, embedding", "20", "20", "20, head"]
+    first, second, *_, last = (ranks.memory.update for ranks in rows)
+    assert first["activations"] > second["activations"] > last["activations"] > 0
+    assert last["logits"] and not first["logits"]
+    said = report.roles(made, few)
+    wanted = [["actor", ranks.learners, ranks.holds.partition(" ")[0]] for ranks in rows]
+    wanted += [["reference", f"0-{few.axes.world - 1}", "a"]]
+    assert [line.split()[:3] for line in said.splitlines()[2:7]] == wanted
+    assert [ranks.holds for ranks in ranks_of(many) if ranks.role == "actor"] == [
+        "2, embedding",
+        "2",
+        "2, head",
+    ]
+    assert max(ranks.memory.learner for ranks in rows) == few.places["actor"].memory.learner
 
 
 def whole(axes: Axes) -> Stages:

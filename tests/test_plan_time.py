@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from plan_ranks import full_step
 from plan_runs import LARGE, large, planned, trainer
 from small_recipe import recipe
 from tandem.config import load
@@ -26,7 +27,6 @@ from tandem.train.plan.measure import measured, typical
 from tandem.train.plan.plan import plan
 from tandem.train.plan.request import lengths_of
 from tandem.train.plan.work import Tokens
-from tandem.types import Experience
 from tiny_models import language_model
 
 
@@ -165,7 +165,7 @@ def test_the_times_of_a_step_on_this_machine_are_near_those_expected(tmp_path):
     requests = [Request(tokens=p, key=8 * i + k) for i, p in enumerate(prompts) for k in range(8)]
     params = SamplingParams(max_tokens=64, min_tokens=64)
     engine = EmbeddedEngine(model, run.sampling.slots, run.learner.tokens_per_forward)
-    actor, critic, part = Actor(model, run), critic_of(run, model), full_step(prompts, 8, 64)
+    actor, critic, part = Actor(model, run), critic_of(run, model), full_step(4, 48, 8, 64)
     phases = {
         "rollout": lambda: engine.generate(requests, params),
         "reference": lambda: actor.logprobs(part),
@@ -183,31 +183,3 @@ def test_the_times_of_a_step_on_this_machine_are_near_those_expected(tmp_path):
         if all(0.8 < ratio < 1.2 for ratio in tries[-1].values()):
             return
     raise AssertionError(f"expected over measured seconds: {tries}")
-
-
-def full_step(prompts: list[tuple[int, ...]], answers: int, length: int) -> Experience:
-    """A step in which every answer has this length."""
-    rows, columns = len(prompts) * answers, len(prompts[0]) + length
-    tokens_BT = torch.randint(0, 200, (rows, columns))
-    tokens_BT[:, : columns - length] = torch.tensor(prompts).repeat_interleave(answers, 0)
-    mask_BT = (torch.arange(columns) >= columns - length).expand(rows, -1)
-    ones_BT = mask_BT.float()
-    return Experience(
-        tokens_BT=tokens_BT,
-        mask_BT=mask_BT,
-        rollout_logp_BT=-ones_BT,
-        policy_logp_BT=-ones_BT,
-        reward_B=torch.ones(rows).double(),
-        group_B=torch.arange(len(prompts)).repeat_interleave(answers),
-        length_B=torch.full((rows,), columns),
-        prompt_length_B=torch.full((rows,), columns - length),
-        truncated_B=torch.zeros(rows, dtype=torch.bool),
-        version_B=torch.zeros(rows, dtype=torch.long),
-        old_logp_BT=None,
-        advantage_BT=ones_BT,
-        correction_BT=ones_BT,
-        weight_BT=ones_BT / rows,
-        ref_logp_BT=None,
-        value_BT=ones_BT / 2,
-        return_BT=ones_BT,
-    )
