@@ -237,7 +237,7 @@ def test_an_engine_of_another_type_agrees_as_far_as_that_allows(tmp_path, monkey
 
 @pytest.mark.gpu
 def test_a_pair_on_a_gpu_shares_its_memory(tmp_path):
-    """Learner and engine have half of the GPU each; every version is proved by checksums and log-probabilities."""
+    """The engine uses the GPU that its learner has; every version is proved by checksums and log-probabilities."""
     pair = {"placement": {"kind": "colocated", **RAY}, "engine": {"transfer": "ipc"}}
     rows = [row for row in run_in(tmp_path, steps=4, **pair) if "grad_norm" in row]
     assert [row["version"] for row in rows] == [1, 2, 3, 4]
@@ -292,7 +292,7 @@ def test_a_killed_driver_leaves_nothing_and_a_killed_learner_a_checkpoint(tmp_pa
 
 @pytest.mark.parametrize(("keys", "said"), [
     ({"kind": "inline", "engines": 2}, "placement.engines is for placement.kind=colocated or apart"),
-    ({"kind": "colocated", "engines": 2}, "pairs each learner with an engine"),
+    ({"kind": "colocated", "engines": 2}, "tensor_parallel=1 learner; set placement.engines=1"),
 ])  # fmt: skip
 def test_keys_that_cannot_be_meant_are_refused(tmp_path, keys, said):
     with pytest.raises(ConfigError, match=said):

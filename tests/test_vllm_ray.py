@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 
 from copies import QUERY, flip_byte
-from ray_runs import alive, end, family, pids, wait_until
+from ray_runs import (
+    JoinedNodes,
+    alive,
+    driver,
+    end,
+    family,
+    pids,
+    places,
+    steps_done,
+    trajectory,
+    wait_until,
+)
 from small_recipe import recipe
 from tandem.config import load
 from tandem.config.sections import NewModel
@@ -29,17 +40,20 @@ WIDE_HEADS = {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "max_po
 REWARD = Path(__file__).parents[1] / "benchmarks" / "reward.py"
 
 
-def run_in(folder: Path, model: dict | None = None, layout: dict | None = None, **changes) -> list[dict]:
-    path = recipe(
+def recipe_in(folder: Path, model: dict | None = None, layout: dict | None = None, **changes) -> Path:
+    return recipe(
         folder,
-        steps=3,
         model=model or {"new": WIDE_HEADS},
         reward={"functions": [{"name": f"{REWARD}:scrambled"}]},
         learner={"optimizer": {"lr": 3e-3}, "layout": layout or {}},
         eval={"every": None},
         journal={"samples": 0, "sinks": ["jsonl"]},
-        **changes,
+        **{"steps": 3} | changes,
     )
+
+
+def run_in(folder: Path, **changes) -> list[dict]:
+    path = recipe_in(folder, **changes)
     train(load(path), Launch(recipe=str(path)))
     return read_metrics(folder / "run" / "metrics.jsonl")
 
@@ -111,3 +125,46 @@ def test_colocated_a_flipped_byte_on_the_way_stops_the_run_with_the_tensors_name
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["version"] for row in rows] == [1, 2], "the weights before came whole"
     assert all(row["rollout/logp_gap_max"] < 1e-4 for row in rows)
+
+
+def test_colocated_an_engine_lies_on_its_learners_devices_and_a_killed_driver_leaves_none_of_its_workers(
+    tmp_path,
+):
+    """On a node of a joined cluster that is said to have two GPUs; the answers are those of a vLLM of one worker beside
+    one learner."""
+    inline, ours = tmp_path / "inline", tmp_path / "ours"
+    for folder in (inline, ours):
+        folder.mkdir()
+    model = {"new": WIDE_HEADS | {"kv_heads": 2}}
+    run_in(inline, model=model, engine=ENGINE)
+    nodes = JoinedNodes(tmp_path, "--num-cpus=0", port=6397)
+    nodes.environ.pop("GOMP_SPINCOUNT", None)
+    with nodes:
+        nodes.start(f"--address={nodes.address}", "--num-cpus=4", "--num-gpus=2")
+        path = recipe_in(
+            ours,
+            steps=5000,
+            model=model,
+            engine={**ENGINE, "tensor_parallel": 2, "sleep": True, "transfer": "ipc"},
+            placement={"kind": "colocated", "learners": 2, **PLACED, "address": nodes.address},
+            layout={"shard": 2},
+        )
+        said = tmp_path / "said"
+        with driver(nodes, said, "-m", "tandem", "train", path) as process:
+            wait_until("three steps are done", lambda: steps_done(ours / "run") >= 3 or process.poll())
+            assert process.poll() is None, said.read_text()
+            lives = places(ours)
+            assert lives.keys() == {"engine-0", "learner-0", "learner-1"}
+            workers = {name: family(pid) for name, ((_, pid),) in lives.items()}
+            environs = [worker.environ() for worker in workers["engine-0"][1:]]
+            there = [*family(process.pid), *(p for family in workers.values() for p in family)]
+            end(process.pid)
+        assert len(environs) >= 2
+        for environ in environs:
+            assert sorted(environ["CUDA_VISIBLE_DEVICES"].split(",")) == ["0", "1"]
+            assert environ["GOMP_SPINCOUNT"] == "2000"
+        wait_until("all processes of the run are gone", lambda: not alive(there), 30)
+    for row, other in zip(trajectory(ours / "run")[:3], trajectory(inline / "run"), strict=True):
+        assert row["reward/mean"] == other["reward/mean"] and row["version"] == other["version"]
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert row["rollout/logp_gap_max"] < 1e-4

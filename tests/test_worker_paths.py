@@ -97,14 +97,23 @@ def test_a_new_model_is_described_to_vllm_too(tmp_path, monkeypatch):
     assert AutoConfig.from_pretrained(started.folder).architectures == ["Qwen2ForCausalLM"]
 
 
-def test_an_engine_of_several_devices_does_not_fit_on_a_learners_one(tmp_path):
-    wide, one = {"kind": "vllm", "tensor_parallel": 2}, {"kind": "vllm"}
-    load(recipe(tmp_path, engine=wide, placement={"kind": "apart"}))
-    load(recipe(tmp_path, engine=one, placement={"kind": "colocated"}))
-    with pytest.raises(
-        ConfigError, match=r"engine.tensor_parallel=2: with placement.kind=colocated .*=apart"
-    ):
-        load(recipe(tmp_path, engine=wide, placement={"kind": "colocated"}))
+@pytest.mark.parametrize(("placement", "said"), [
+    ({"learners": 2, "engines": 2}, "on the devices of engine.tensor_parallel=2 learners; set placement.engines=1"),
+    ({"learners": 3, "engines": 1}, "placement.learners=3 and placement.engines=1: .* set placement.learners=2"),
+    ({"learners": 1, "engines": 1}, "set placement.learners=2"),
+    ({"learners": 4, "engines": 1}, "set placement.engines=2"),
+    ({"learners": 4, "engines": 2, "gpus": 0.5}, r"placement.gpus=0.5: .* learners with one GPU each"),
+    ({"learners": 4, "engines": 2, "gpus": 1}, None),
+    ({"learners": 1, "engines": 1, "kind": "apart"}, None),
+], ids=str)  # fmt: skip
+def test_an_engine_of_several_devices_needs_as_many_learners_to_lie_on(tmp_path, placement, said):
+    engine = {"kind": "vllm", "tensor_parallel": 2}
+    path = recipe(tmp_path, engine=engine, placement={"kind": "colocated"} | placement)
+    if said is None:
+        load(path)
+        return
+    with pytest.raises(ConfigError, match=said):
+        load(path)
 
 
 @needs_ray

@@ -19,11 +19,13 @@ class Placement(Section):
     learners: int = Field(1, gt=0)
     """Processes that train together, in `learner.layout`."""
     engines: int = Field(1, gt=0)
-    """Engines that sample; with engine.kind=vllm each takes engine.tensor_parallel devices."""
+    """Engines that sample; with engine.kind=vllm each takes engine.tensor_parallel devices, when colocated those of as
+    many learners."""
     cpus: int = Field(1, gt=0)
     """CPU cores, and threads, of each of these processes."""
     gpus: float | None = Field(None, ge=0)
-    """GPUs of each of these processes (of a pair of them when colocated); null for 1 where the cluster has any."""
+    """GPUs of each learner, and of each device of an engine, which when colocated has those of its learners; null for 1
+    where the cluster has any."""
     spread: bool = False
     """Put the processes on as many nodes as there are, rather than on as few as will do."""
     start_timeout_s: float = Field(600.0, gt=0)
@@ -42,9 +44,4 @@ class Placement(Section):
         for name, info in type(self).model_fields.items():
             if self.kind == "inline" and name != "kind" and self.__dict__[name] != info.default:
                 raise ValueError(f"placement.{name} is for placement.kind=colocated or apart")
-        if self.kind == "colocated" and self.engines != self.learners:
-            raise ValueError(
-                f"placement.kind=colocated pairs each learner with an engine on its device: set placement.engines="
-                f"{self.engines} and placement.learners={self.learners} to the same number"
-            )
         return self

@@ -153,14 +153,29 @@ class Run(Section):
                     "engine.kind=vllm with model.lora reads the base model from its folder: set model.path instead of "
                     "model.new"
                 )
-        if kind == "colocated" and self.engine.tensor_parallel > 1:
-            raise ValueError(
-                f"engine.tensor_parallel={self.engine.tensor_parallel}: with placement.kind=colocated an engine has a "
-                "part of one learner's device; set it to 1, or placement.kind=apart"
-            )
         if road == "ipc" and self.learner.sleep:
             raise ValueError(
                 "engine.transfer=ipc points into the memory that learner.sleep=true gives away; use auto or files"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engines_lie_on_learners(self) -> "Run":
+        place, wide = self.placement, self.engine.tensor_parallel
+        if place.kind != "colocated":
+            return self
+        if place.learners != place.engines * wide:
+            engines, rest = divmod(place.learners, wide)
+            raise ValueError(
+                f"placement.learners={place.learners} and placement.engines={place.engines}: with "
+                f"placement.kind=colocated an engine lies on the devices of engine.tensor_parallel={wide} "
+                f"learner{'s' * (wide > 1)}; set placement."
+                + (f"learners={place.engines * wide}" if rest or not engines else f"engines={engines}")
+            )
+        if wide > 1 and place.gpus not in (None, 0, 1):
+            raise ValueError(
+                f"placement.gpus={place.gpus:g}: with placement.kind=colocated an engine of "
+                f"engine.tensor_parallel={wide} needs learners with one GPU each; set it to 1, or leave it null"
             )
         return self
 

@@ -1,4 +1,5 @@
-"""Who sits where: bundles of devices, one per worker or per pair that shares a device, and the workers on them."""
+"""Who sits where: bundles of devices, one per worker, or per engine and the learners on its devices, and the workers on
+them."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -40,9 +41,12 @@ class Placed:
         self.run, self.cluster, self.root, self.line = run, cluster, root, line
         placement = run.placement
         self._learner, self._engine = needs(run, cluster.gpus)
+        self._gpus: list[list[str]] = []
+        """Of each learner, where engines share them."""
         if self.shared:
-            both = {kind: self._learner[kind] + self._engine[kind] for kind in self._learner}
-            cluster.reserve([both] * placement.learners)
+            wide = run.engine.tensor_parallel
+            all_of_them = {kind: wide * self._learner[kind] + self._engine[kind] for kind in self._learner}
+            cluster.reserve([all_of_them] * placement.engines)
         else:
             cluster.reserve([self._learner] * placement.learners + [self._engine] * placement.engines)
         workers = [self._spawn_learner(rank) for rank in range(placement.learners)]
@@ -64,6 +68,8 @@ class Placed:
         timeout_s = self.run.placement.start_timeout_s
         for worker in self.learners.workers:
             worker.place = worker.call("place").result(timeout_s)
+        if self.shared:
+            self._gpus = [worker.call("gpus").result(timeout_s) for worker in self.learners.workers]
         # No folder in the memory of one node is seen by another; of a folder that the user names we trust that it is.
         apart = self.cluster.nodes > 1 and self.run.engine.transfer == "auto"
         root = None if apart else str(self.root)
@@ -109,12 +115,15 @@ class Placed:
             self.engines.end()
 
     def _spawn_learner(self, rank: int) -> Worker:
-        return self.cluster.spawn(LearnerWorker, f"learner {rank}", rank, self._learner, 1, self.run, rank)
+        bundle = rank // self.run.engine.tensor_parallel if self.shared else rank
+        return self.cluster.spawn(LearnerWorker, f"learner {rank}", bundle, self._learner, 1, self.run, rank)
 
     def _spawn_engine(self, number: int) -> Worker:
+        wide = self.run.engine.tensor_parallel
+        gpus = [gpu for held in self._gpus[number * wide : (number + 1) * wide] for gpu in held]
         # One thread works, the other says how far it is.
         return self.cluster.spawn(
-            EngineWorker, f"engine {number}", self._bundle(number), self._engine, 2, self.run
+            EngineWorker, f"engine {number}", self._bundle(number), self._engine, 2, self.run, gpus=gpus
         )
 
     def _lacks(self, number: int) -> str:
@@ -127,13 +136,13 @@ class Placed:
 
 
 def needs(run: Run, gpus_there: float) -> tuple[Mapping[str, float], Mapping[str, float]]:
-    """What a learner and an engine take; a pair that shares a device takes half of it each."""
+    """What a learner and an engine take; one that shares its devices uses those that its learners hold."""
     placement, devices = run.placement, run.engine.tensor_parallel
     auto = 1.0 if gpus_there and run.device != "cpu" else 0.0
     gpus = auto if placement.gpus is None else placement.gpus
-    part = gpus / 2 if placement.kind == "colocated" else gpus
-    learner = {"CPU": float(placement.cpus), "GPU": part}
-    return learner, {"CPU": float(placement.cpus * devices), "GPU": part * devices}
+    own = 0.0 if placement.kind == "colocated" else gpus
+    learner = {"CPU": float(placement.cpus), "GPU": gpus}
+    return learner, {"CPU": float(placement.cpus * devices), "GPU": own * devices}
 
 
 def check_road(run: Run, nodes: int) -> None:

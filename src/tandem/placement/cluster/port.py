@@ -189,7 +189,7 @@ class Cluster:
         return cluster_resources().get("GPU", 0)
 
     def reserve(self, bundles: Sequence[Mapping[str, float]]) -> None:
-        """One bundle per place for a worker, or for a pair that shares a device."""
+        """One bundle per place for a worker, or for an engine and the learners on its devices."""
         await_resources(self.placement, bundles)
         self._places = reserve(self.placement, bundles)
 
@@ -204,11 +204,22 @@ class Cluster:
         return bool(nodes_of(group)[index])
 
     def spawn(
-        self, role: type, name: str, bundle: int, need: Mapping[str, float], threads: int, *arguments: Any
+        self,
+        role: type,
+        name: str,
+        bundle: int,
+        need: Mapping[str, float],
+        threads: int,
+        *arguments: Any,
+        gpus: Sequence[str] = (),
     ) -> Worker:
-        """Start a worker whose methods run in so many threads. It is still being made when this returns; errors of
-        that show in its first call."""
+        """Start a worker whose methods run in so many threads; beside what it needs it uses these GPUs, which others
+        hold. It is still being made when this returns; errors of that show in its first call."""
         log = self.logs / f"{name.replace(' ', '-')}.log"
+        environ = {"OMP_NUM_THREADS": str(int(need["CPU"]))}
+        if gpus:
+            # Older versions of Ray hide all GPUs from a worker that holds none, unless they are told this.
+            environ |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         group, index = self._places[bundle]
         actor = (
             remote(concurrency_groups={BESIDE: 1})(role)
@@ -220,9 +231,7 @@ class Cluster:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     group, placement_group_bundle_index=index
                 ),
-                runtime_env={
-                    "env_vars": {"OMP_NUM_THREADS": str(int(need["CPU"])), "GOMP_SPINCOUNT": "2000"}
-                },
+                runtime_env={"env_vars": environ},
             )
             .remote(str(log), *arguments)
         )
@@ -370,6 +379,11 @@ def whereabouts() -> str:
     """Of the worker that asks: node and process."""
     context = get_runtime_context()
     return f"node {context.get_node_id()[:8]} at {get_node_ip_address()}, pid {os.getpid()}"
+
+
+def own_gpus() -> list[str]:
+    """Those that Ray gave to the worker that asks, as CUDA_VISIBLE_DEVICES names them."""
+    return list(get_runtime_context().get_accelerator_ids()["GPU"])
 
 
 def own_address() -> str:

@@ -28,6 +28,10 @@ class Process:
     def place(self) -> str:
         return port.whereabouts() + (f", log {self.log}" if self._moved else "")
 
+    def gpus(self) -> list[str]:
+        """Those that this process has, by the names that they have on its node."""
+        return port.own_gpus()
+
     def meeting_point(self) -> str:
         """host:port at which other processes can find this one; the port was free just now."""
         with socket.socket() as probe:
