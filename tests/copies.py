@@ -103,9 +103,9 @@ def flip_byte(path: Path, place: int) -> None:
         file.write(bytes([byte ^ 1]))
 
 
-def group() -> tuple[BroadcastRoad, dict[str, Any]]:
-    """A sender's end of a broadcast to one receiver, and where the receiver meets it."""
-    sender = BroadcastRoad("127.0.0.1", 0, 0, 2, CPU, timeout_s=30)
+def group(size: int = 2) -> tuple[BroadcastRoad, dict[str, Any]]:
+    """A sender's end of a broadcast to `size` - 1 receivers, and where these meet it."""
+    sender = BroadcastRoad("127.0.0.1", 0, 0, size, CPU, timeout_s=30)
     return sender, {"host": "127.0.0.1", "port": sender.port}
 
 

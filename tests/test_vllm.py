@@ -26,7 +26,7 @@ from tandem.config.sections import Lora
 from tandem.engine import PAUSED, EmbeddedEngine, Pause, Request, SamplingParams, decode
 from tandem.engine.probe import policy_logp
 from tandem.engine.random import key
-from tandem.engine.roads import BroadcastRoad, FilesRoad, MemoryRoad
+from tandem.engine.roads import BroadcastRoad, FilesRoad, MemoryRoad, RoadBroken
 from tandem.engine.vllm import VllmEngine, port
 from tandem.engine.weights import ModelWeights
 from tandem.errors import ConfigError, RunError
@@ -281,23 +281,23 @@ def test_a_flipped_bit_or_a_lost_tensor_is_refused_and_the_old_weights_stay(both
     restore(engine, model)
 
 
+def flipping(self, tensor, offer, bucket, plain=BroadcastRoad._broadcast):
+    """A bit of the last tensor changes on the way."""
+    if self.rank == 0 and tensor.dtype == torch.uint8:
+        tensor[-1] ^= 64
+    plain(self, tensor, offer, bucket)
+
+
 def test_a_broadcast_that_breaks_off_leaves_an_engine_that_refuses(tied, monkeypatch):
     engine, model = tied
     road, meeting = group()
     with beside(road.connect):
         engine.connect("broadcast", **meeting, first_rank=1, size=2)
-    plain = BroadcastRoad._broadcast
-
-    def flipping(self, tensor, offer, bucket):
-        plain(self, tensor, offer, bucket)
-        if self.rank == 1 and tensor.dtype == torch.uint8:
-            tensor[-1] ^= 64
-
-    monkeypatch.setattr(BroadcastRoad, "_broadcast", flipping)
     last = names(ModelWeights(model).specs())[-1]
-    with pytest.raises(RunError, match=f"road broadcast: tensor {last} changed"):
-        send(road, engine, 1, ModelWeights(policy(1)))
-    monkeypatch.setattr(BroadcastRoad, "_broadcast", plain)
+    with monkeypatch.context() as patch:
+        patch.setattr(BroadcastRoad, "_broadcast", flipping)
+        with pytest.raises(RunError, match=f"road broadcast: tensor {last} changed"):
+            send(road, engine, 1, ModelWeights(policy(1)))
     with pytest.raises(RunError, match="part of version 1"):
         engine.generate(REQUESTS, GREEDY)
     send(road, engine, 2, ModelWeights(policy(2)))
@@ -382,7 +382,7 @@ def test_an_engine_without_weights_waits_for_the_first(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_workers_share_the_weights(tmp_path, files):
+def test_two_workers_share_the_weights(tmp_path, files, monkeypatch):
     config = CONFIG.model_copy(update={"tensor_parallel": 2})
     engine = engine_of(policy(0), tmp_path, config)
     engine.connect("files")
@@ -393,6 +393,18 @@ def test_two_workers_share_the_weights(tmp_path, files):
     with pytest.raises(RunError, match=f"tensor {QUERY} changed on the way"):
         engine.update(offer)
     check_probe(engine, policy(1), 1, torch.float32)
+
+    with pytest.raises(RoadBroken, match=r"rank [12] of 3 found no group"):
+        engine.connect("broadcast", host="127.0.0.1", port=9, first_rank=1, size=3, timeout_s=0.5)
+    road, meeting = group(3)
+    with beside(road.connect):
+        engine.connect("broadcast", **meeting, first_rank=1, size=3)
+    send(road, engine, 3, ModelWeights(policy(3)))
+    assert check_probe(engine, policy(3), 3, torch.float32) < 1e-4
+    last = names(ModelWeights(policy(4)).specs())[-1]
+    monkeypatch.setattr(BroadcastRoad, "_broadcast", flipping)
+    with pytest.raises(RunError, match=f"road broadcast: tensor {last} changed"):
+        send(road, engine, 4, ModelWeights(policy(4)))
 
 
 def test_heads_that_the_cpu_cannot_do_are_said_at_the_start(tmp_path):

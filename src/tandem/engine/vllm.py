@@ -146,7 +146,7 @@ class VllmEngine:
 
     def connect(self, road: str, **meeting: Any) -> None:
         """Open the engine's end of a road; a broadcast needs `host`, `port`, `first_rank` and `size` of its group, and
-        waits there for the sender."""
+        waits there for the sender. RoadBroken where nobody comes."""
         if self.lora is not None and road != "files":
             raise ConfigError(f"engine.transfer={road}: vLLM reads adapters from files; use transfer=files")
         if road == "memory" and self.config.tensor_parallel > 1:
@@ -154,6 +154,8 @@ class VllmEngine:
                 "engine.transfer=memory stays in one process; with engine.tensor_parallel use files"
             )
         self._llm.init_weight_transfer_engine({"init_info": {"road": road, **meeting}})
+        if failure := self._failure():
+            raise failure
         self._road = road
 
     def update(self, offer: Offer) -> None:
@@ -218,11 +220,16 @@ class VllmEngine:
     def _receive(self, offer: Offer, *, load: bool) -> None:
         """One pass of all workers over the offer; the first failure, if any, ends the update."""
         self._llm.update_weights({"update_info": {"offer": offer, "load": load}})
-        failures = [f for f in self._llm.collective_rpc("weight_failure") if f is not None]
-        if failures:
+        if failure := self._failure():
             self._llm.finish_weight_update()
-            reason, broken = failures[0]
-            raise RoadBroken(reason) if broken else RunError(reason)
+            raise failure
+
+    def _failure(self) -> RunError | None:
+        """That of the first worker that has one."""
+        for told in filter(None, self._llm.collective_rpc("weight_failure")):
+            reason, broken = told
+            return RoadBroken(reason) if broken else RunError(reason)
+        return None
 
     def _take_adapter(self, offer: Offer) -> None:
         """vLLM reads the adapter from the offer's folder, once the files there are found whole."""

@@ -149,7 +149,7 @@ class _Update(WeightTransferUpdateInfo):
 
 class Receiver(WeightTransferEngine[_Init, _Update]):
     """Takes the weights inside a worker. It changes nothing before `load`, and says a failure instead of raising it,
-    so that one worker's failure does not leave the others waiting."""
+    so that one worker's failure does not leave the others waiting, and is of the same kind from all of them."""
 
     init_info_cls = _Init
     update_info_cls = _Update
@@ -159,6 +159,13 @@ class Receiver(WeightTransferEngine[_Init, _Update]):
     loading = False
 
     def init_transfer_engine(self, init_info: _Init) -> None:
+        self.failure = None
+        try:
+            self._open(init_info)
+        except RunError as cause:
+            self.failure = cause
+
+    def _open(self, init_info: _Init) -> None:
         match init_info.road:
             case "memory":
                 self.road = MemoryRoad()
@@ -209,8 +216,8 @@ class WorkerExtension:
     weight_transfer_engine: Receiver
 
     def weight_failure(self) -> tuple[str, bool] | None:
-        """Why the weights sent last were refused, and whether the road broke; as words, for vLLM takes an exception
-        that is returned for one that was raised."""
+        """Why the weights sent last were refused, or no road was opened, and whether one broke; as words, for vLLM
+        takes an exception that is returned for one that was raised."""
         failure = self.weight_transfer_engine.failure
         return None if failure is None else (str(failure), isinstance(failure, RoadBroken))
 
