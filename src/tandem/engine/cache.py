@@ -139,7 +139,7 @@ class Slots:
         prompt_BKRT, answer_BKRT = weights_BKRT.split((self.prompt_columns, self.columns), dim=-1)
         out_BKRD = self._to_rows(torch.bmm(self._to_lanes(prompt_BKRT), prompt_values), share)
         answer = answer_BKRT.reshape(batch * heads, share, -1)
-        return torch.baddbmm(out_BKRD.reshape(-1, share, dim), answer, values).view(batch, -1, dim)
+        return out_BKRD.reshape(-1, share, dim).baddbmm_(answer, values).view(batch, -1, dim)
 
     def _prompts(self, cache: Tensor) -> Tensor:
         return cache[: self.lanes].flatten(0, 1)[:, : self.prompt_columns]
