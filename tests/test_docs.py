@@ -11,7 +11,7 @@ import typer
 import yaml
 
 from tandem.cli import app
-from tandem.config import document, load, preset_names, recipes
+from tandem.config import FREE_ON_RESUME, document, load, preset_names, recipes
 from tandem.config.yaml_text import parse
 from tandem.journal import document_metrics
 from tandem.train.reinforce import reinforce
@@ -39,6 +39,14 @@ def test_the_readme_lists_every_preset_with_its_choices():
         assert keys["advantage"] in row and keys["weight"] in row
         kl = keys["kl"]
         assert (f"{kl['coef']:g} {kl['estimator']} in the {kl['place']}" if kl["coef"] else "| none |") in row
+
+
+def test_the_page_on_checkpoints_lists_what_a_resumed_run_may_change():
+    told = re.search(
+        r"but for these keys.*?More `steps`", (ROOT / "docs" / "checkpoints.md").read_text(), re.DOTALL
+    )
+    assert told is not None
+    assert re.findall(r"`([\w.]+)`", told[0])[:-1] == list(FREE_ON_RESUME)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
