@@ -330,7 +330,9 @@ def update(
     beside = answer * max(1, min(group, (tokens - longest_prompt) // answer))
     answers = tokens * beside // (longest_prompt + beside)
     layer = shape.kept(axes)
-    parts = math.ceil(run.rollouts_per_step * longest / run.learner.updates_per_step / axes.data / tokens)
+    packs = math.ceil(group / (beside // answer))
+    line = run.sampling.prompts_per_step * packs * longest_prompt + run.rollouts_per_step * answer
+    parts = math.ceil(line / run.learner.updates_per_step / axes.data / tokens)
     layers = stages.kept(schedule, parts)
     scores = probabilities(run, shape.heads * answers * longest / (axes.tensor * axes.context))
     kept = layers * (tokens * layer * word + scores)
