@@ -73,13 +73,19 @@ def test_a_checksum_sees_any_flipped_bit_and_any_exchange(dtype):
     assert checksum(swapped) != checksum(tensor)
 
 
-def test_a_checksum_does_not_depend_on_layout_or_pieces(monkeypatch):
-    tensor = torch.randn(9, 11)
+def test_a_checksum_is_that_of_its_definition_whatever_the_layout_or_the_pieces(monkeypatch):
+    monkeypatch.setattr(weights, "WIDTH", 8)
+    monkeypatch.setattr(weights, "ROWS", 2)
+    for size in (0, 1, 7, 8, 16, 51, 100):
+        tensor = torch.randn(size)
+        words = tensor.view(torch.int32).tolist()
+        expected = sum(word * (2 * place + 1) for place, word in enumerate(words)) % 2**64
+        assert checksum(tensor) % 2**64 == expected, size
+    tensor = torch.randn(30, 7)
     whole = checksum(tensor)
     assert checksum(tensor.t().contiguous().t()) == whole
-    monkeypatch.setattr(weights, "CHUNK", 10)
+    monkeypatch.undo()
     assert checksum(tensor) == whole
-    assert checksum(torch.zeros(0)) == 0
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -19,9 +19,9 @@ from tandem.model import LanguageModel
 from tandem.model.mixture import apart, is_mixture
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-CHUNK = 1 << 18
-"""Words of a tensor that are summed at a time on a CPU, in its caches; an accelerator takes `MORE` times as many. It
-bounds the memory of a checksum."""
+WIDTH, ROWS = 1024, 256
+"""Words of a tensor that are summed at a time on a CPU, in its caches; an accelerator takes `MORE` times as many rows.
+It bounds the memory of a checksum."""
 MORE = 16
 
 
@@ -135,13 +135,19 @@ def checksum(tensor: Tensor) -> int:
     Any one changed word changes it, and so does an exchange of two words of up to 32 bits; equal on all devices.
     """
     words_N = tensor.detach().contiguous().reshape(-1).view(WORDS[tensor.element_size()])
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    chunk = CHUNK if tensor.device.type == "cpu" else MORE * CHUNK
-    place_C = 2 * torch.arange(min(chunk, len(words_N)), device=tensor.device) + 1
-    for start in range(0, len(words_N), chunk):
-        word_C = words_N[start : start + chunk].long()
-        total += (word_C * place_C[: len(word_C)]).sum() + 2 * start * word_C.sum()
-    return int(total)
+    device, cut = words_N.device, len(words_N) - len(words_N) % WIDTH
+    odd_C = 2 * torch.arange(WIDTH, device=device) + 1
+    tail_C = words_N[cut:].long()
+    total = (tail_C * (2 * cut + odd_C[: len(tail_C)])).sum()
+    # Word c of row r has place r * WIDTH + c, so sums of the rows and of the columns are enough.
+    words_RC, column_C = words_N[:cut].view(-1, WIDTH), torch.zeros_like(odd_C)
+    rows = ROWS if device.type == "cpu" else MORE * ROWS
+    for start in range(0, len(words_RC), rows):
+        part_RC = words_RC[start : start + rows].long()
+        column_C += part_RC.sum(0)
+        row_R = torch.arange(start, start + len(part_RC), device=device)
+        total += 2 * WIDTH * (part_RC.sum(1) * row_R).sum()
+    return int(total + (column_C * odd_C).sum())
 
 
 def check_specs(offer: Offer, own: Mapping[str, TensorSpec]) -> None:
