@@ -114,11 +114,17 @@ def test_one_process_has_nobody_to_talk_to_and_each_axis_has_its_price(tmp_path)
     across = trainer(run, Axes(shard=8), 8, per_node=4).update()
     assert across.weights > 2 * sharded.weights
     split = trainer(run, Axes(tensor=8), 8).update()
-    wide = 80 * 2 * 3 * 2 * 7 / 8 * work.share(run, lengths_of(run, None, None), 1).line * 8192 * 2
-    assert split.layers == pytest.approx(wide / (0.7 * 450e9), rel=0.02)
+    # Into and out of attention, feed-forward and all layers together, three times over; 14 messages each.
+    whole, times = work.share(run, lengths_of(run, None, None), 1), (80 * 2 + 1) * 3
+    wide = times * 2 * 7 / 8 * whole.line * 8192 * 2
+    messages = times * whole.forwards * 14 * 2e-6
+    assert split.layers == pytest.approx(wide / (0.7 * 450e9) + messages, rel=1e-3)
     stages = trainer(run, Axes(pipeline=8), 8).update()
-    forwards = work.share(run, lengths_of(run, None, None), 1).forwards
-    assert stages.bubble == pytest.approx(7 / forwards * (stages.products + stages.layers))
+    # The last one has the head too: what the seven before it compute is waited for.
+    shape = footprint.shape_of(run.model, None)
+    layers = work.update(run, replace(shape, head=0), whole).total / 8 / (0.4 * 989e12)
+    assert stages.products > layers
+    assert stages.bubble == pytest.approx(7 / whole.forwards * (layers + stages.layers))
 
 
 def test_decoding_reads_weights_once_a_step_and_the_longest_answer_sets_the_steps(tmp_path):
@@ -175,7 +181,7 @@ def test_the_times_of_a_step_on_this_machine_are_near_those_expected(tmp_path):
     }
     lengths, tries = lengths_of(run, None, None), []
     for _ in range(5):
-        rates = measured(run, lengths)
+        rates = measured(run, lengths, run.threads)
         expected = (
             plan(run, rates, count=1, per_node=1, lengths=lengths, top=1, offload=False).offers[0].seconds
         )

@@ -120,11 +120,15 @@ def idle_vectors() -> bool:
 
 def set_threads(threads: int | None) -> int:
     """CPU threads for tensor work: the cores this process may use unless given. Returns the number set."""
-    if threads is None:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = threads or cores()
     torch.set_num_threads(threads)
     keep_freed_memory()
     return threads
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:

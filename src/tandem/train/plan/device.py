@@ -144,6 +144,36 @@ def _figure(part: str) -> tuple[str, float]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Of one kind of exchange between processes."""
+
+    message_s: float
+    """Seconds of each of the steps that it takes, however short."""
+    rate: float
+    """Bytes per second that each process sends."""
+
+    def seconds(self, size_bytes: float, steps: int) -> float:
+        return steps * self.message_s + size_bytes / self.rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exchanges:
+    """What processes of one machine were measured to take. Nothing of it is hidden behind products: both need the same
+    cores."""
+
+    gather: Cost
+    """Parts to a whole, for everyone."""
+    scatter: Cost
+    """Sums to parts."""
+    reduce: Cost
+    """Sums for everyone."""
+    turn: Cost
+    """A part from everyone to everyone."""
+    send: Cost
+    """From one process to another."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
     """What a program reaches."""
 
@@ -168,6 +198,8 @@ class Rates:
     """The same of the host's, for each device; 0 where the device is the host."""
     origin: str
     """Where the figures come from, in words."""
+    exchanges: Exchanges | None = None
+    """Where they were measured."""
 
 
 UPDATE, FORWARD, DECODE, BANDWIDTH, LINK, USABLE = 0.4, 0.5, 0.5, 0.7, 0.7, 0.9

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from tandem.train.plan.device import Rates
+from tandem.train.plan.device import Exchanges, Rates
 
 NEAR_S, FAR_S = 2e-6, 10e-6
 """Assumed time of one message, however short, inside a node and between nodes."""
@@ -18,6 +18,11 @@ class Links:
     per_node: int
     near: float
     far: float
+    exchanges: Exchanges | None = None
+    """Of processes in one node, where they were measured."""
+
+    def _measured(self, size: int, stride: int) -> Exchanges | None:
+        return self.exchanges if size * stride <= self.per_node else None
 
     def rate(self, size: int, stride: int) -> float:
         """Bytes per second that each member sends. Between nodes the members in one node share their network cards,
@@ -36,25 +41,45 @@ class Links:
         return (size - nodes) * NEAR_S + (nodes * FAR_S if nodes > 1 else 0.0)
 
     def all_gather(self, size_bytes: float, size: int, stride: int) -> float:
-        """Everyone gets all of `size_bytes`; also the time of its reverse, a reduce-scatter."""
+        """Everyone gets all of `size_bytes`."""
         if size == 1:
             return 0.0
-        return size_bytes * (size - 1) / size / self.rate(size, stride) + self.ring_s(size, stride)
+        sent = size_bytes * (size - 1) / size
+        if measured := self._measured(size, stride):
+            return measured.gather.seconds(sent, size - 1)
+        return sent / self.rate(size, stride) + self.ring_s(size, stride)
+
+    def reduce_scatter(self, size_bytes: float, size: int, stride: int) -> float:
+        """The reverse: everyone gets a part of the sum of the `size_bytes` of all."""
+        if measured := self._measured(size, stride):
+            return measured.scatter.seconds(size_bytes * (size - 1) / size, size - 1)
+        return self.all_gather(size_bytes, size, stride)
 
     def all_reduce(self, size_bytes: float, size: int, stride: int) -> float:
         """By trees, whose depth is the logarithm of the members."""
         if size == 1:
             return 0.0
-        depth = 2 * math.log2(size) * self.message_s(size, stride)
-        return 2 * size_bytes * (size - 1) / size / self.rate(size, stride) + depth
+        sent = 2 * size_bytes * (size - 1) / size
+        if measured := self._measured(size, stride):
+            return measured.reduce.seconds(sent, size - 1)
+        return sent / self.rate(size, stride) + 2 * math.log2(size) * self.message_s(size, stride)
 
     def exchange(self, size_bytes: float, size: int, stride: int) -> float:
         """Each sends another part of its `size_bytes` to everyone."""
         if size == 1:
             return 0.0
+        sent = size_bytes * (size - 1) / size
+        if measured := self._measured(size, stride):
+            return measured.turn.seconds(sent, size - 1)
         rate = self.near if size * stride <= self.per_node else min(self.near, self.far)
-        return size_bytes * (size - 1) / size / rate + math.log2(size) * self.message_s(size, stride)
+        return sent / rate + math.log2(size) * self.message_s(size, stride)
+
+    def send(self, size_bytes: float, stride: int) -> float:
+        """To the process `stride` further on."""
+        if measured := self._measured(2, stride):
+            return measured.send.seconds(size_bytes, 1)
+        return size_bytes / self.rate(2, stride) + self.message_s(2, stride)
 
 
 def links(rates: Rates, count: int, per_node: int) -> Links:
-    return Links(count=count, per_node=per_node, near=rates.near, far=rates.far)
+    return Links(count=count, per_node=per_node, near=rates.near, far=rates.far, exchanges=rates.exchanges)

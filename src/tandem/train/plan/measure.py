@@ -16,6 +16,9 @@ from tandem.model import LanguageModel, token_logprobs
 from tandem.model.attention import NAME
 from tandem.model.load import DTYPES
 from tandem.model.new import new_tokenizer
+from tandem.model.parallel.grid import Grid
+from tandem.model.parallel.load import kind_of
+from tandem.model.parallel.model import ShardedModel
 from tandem.train import footprint
 from tandem.train.footprint import Shape
 from tandem.train.plan.device import Rates
@@ -31,9 +34,10 @@ LINK, USABLE = 1e9, 0.9
 """Assumed bytes per second between processes of one machine without fast links, and share of the free memory."""
 
 
-def measured(run: Run, lengths: Lengths) -> Rates:
-    """Rates of the CPU; takes a few seconds."""
-    threads, cpu = set_threads(run.threads), torch.device("cpu")
+def measured(run: Run, lengths: Lengths, threads: int | None, grid: Grid | None = None) -> Rates:
+    """Rates of the CPU with so many threads, None for one on each core; takes a few seconds. On the processes of a
+    grid, which copies the model, those of passes as its processes make them, without what they say to each other."""
+    threads, cpu = set_threads(threads), torch.device("cpu")
     dtype = DTYPES[run.model.dtype]
     best = measure_rates(cpu, dtype)
     shape = footprint.shape_of(run.model, None)
@@ -57,11 +61,14 @@ def measured(run: Run, lengths: Lengths) -> Rates:
         return common
     small = shortened(shape, layers)
     model = short_model(run, layers)
-    passes = replace(common, **learner_rates(run, model, small, lengths))
+    engine = replace(common, **engine_rates(run, model, small, lengths, common))
     origin = (
         f"measured on this machine with {threads} threads on {layers} of the model's {shape.layers} layers"
     )
-    return replace(passes, **engine_rates(run, model, small, lengths, passes), origin=origin)
+    learner = (
+        model if grid is None else kind_of(grid)(model.network, model.tokenizer, model.source, grid, "grid")
+    )
+    return replace(engine, **learner_rates(run, learner, small, lengths), origin=origin)
 
 
 def shortened(shape: Shape, layers: int) -> Shape:
@@ -129,6 +136,8 @@ def learner_rates(run: Run, model: LanguageModel, shape: Shape, lengths: Lengths
         pairs=groups * p * p / 2 + rows * (p * a + a * a / 2),
     )
     model.network.train()
+    if isinstance(model, ShardedModel):
+        model.last_backward(False)
     if run.learner.checkpointing:
         model.network.gradient_checkpointing_enable({"use_reentrant": False})
     learning = typical(learn)

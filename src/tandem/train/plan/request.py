@@ -6,6 +6,7 @@ from tandem.train.plan.device import assumed, find
 from tandem.train.plan.measure import measured
 from tandem.train.plan.plan import plan
 from tandem.train.plan.report import text
+from tandem.train.plan.together import measured_together, processes_here
 from tandem.train.plan.work import Lengths
 
 
@@ -15,12 +16,20 @@ def planned(
     """The plan of a run as text. `prompt` and `answer` are mean tokens; without them, the recipe's limits."""
     lengths = lengths_of(run, prompt, answer)
     here = device == "cpu"
-    rates = measured(run, lengths) if here else assumed(find(device), run.model.dtype)
+    per_node = min(per_node, count)
+    if not here:
+        rates = assumed(find(device), run.model.dtype)
+    elif count == 1:
+        rates = measured(run, lengths, run.threads)
+    elif (per_node := min(per_node, processes_here(run, count))) == 1:
+        rates = measured(run, lengths, run.placement.cpus)
+    else:
+        rates = measured_together(run, lengths, per_node)
     made = plan(
         run,
         rates,
         count=count,
-        per_node=min(per_node, count),
+        per_node=per_node,
         lengths=lengths,
         top=top,
         offload=not here,

@@ -1,6 +1,7 @@
 """Seconds of the learner's passes in a layout: products, and what its processes say to each other."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from tandem.config.layout import Layout
 from tandem.config.run import Run
@@ -10,7 +11,7 @@ from tandem.train.footprint import FLOAT, Shape, held
 from tandem.train.plan.axes import Axes
 from tandem.train.plan.device import Rates
 from tandem.train.plan.link import Links
-from tandem.train.plan.stages import Stages, fullest_of
+from tandem.train.plan.stages import Stages, fullest_of, stages_of
 from tandem.train.plan.work import Lengths, Tokens, forward, share, update
 
 OPTIMIZER_BYTES = 28
@@ -29,15 +30,18 @@ class Pass:
     bubble: float = 0.0
     """Waiting while a pipeline fills and drains."""
     optimizer: float = 0.0
+    hidden: bool = True
+    """What runs beside the products hides behind them."""
 
     @property
     def seconds(self) -> float:
-        return max(self.products + self.layers, self.weights) + self.bubble + self.optimizer
+        return self.products + self.exposed + self.bubble + self.optimizer
 
     @property
     def exposed(self) -> float:
         """Of them, those spent on communication."""
-        return self.layers + max(0.0, self.weights - self.products - self.layers)
+        beside = self.products + self.layers if self.hidden else 0.0
+        return self.layers + max(0.0, self.weights - beside)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,41 +61,57 @@ class Trainer:
     def update(self) -> Pass:
         """All updates of a step."""
         tokens, learner = share(self.run, self.lengths, self.axes.data), self.run.learner
+        whole, layers = (update(self.run, shape, tokens).total for shape in self._shapes)
+        products = self._shared(whole, layers, self.rates.update)
         passes = 2 + learner.checkpointing
-        products = update(self.run, self.shape, tokens).total / self._processes / self.rates.update
-        sums = self._summing(tokens.forwards)
-        one = self._pass(tokens, products, passes, gathers=2, more=sums, optimizer=self._optimizer())
+        one = self._pass(tokens, products, passes, gathers=2, learns=True)
         return times(one, learner.updates_per_step * learner.epochs_per_step)
 
     def reading(self) -> Pass:
         """A forward pass over a step's answers: log-probabilities, or values."""
         tokens = share(self.run, self.lengths, self.axes.data)
-        products = forward(self.shape, tokens).total / self._processes / self.rates.forward
+        products = self._shared(*(forward(shape, tokens).total for shape in self._shapes), self.rates.forward)
         return times(self._pass(tokens, products, 1, gathers=1), self.run.learner.updates_per_step)
 
+    @property
+    def _shapes(self) -> tuple[Shape, Shape]:
+        """With and without the output head."""
+        return self.shape, replace(self.shape, head=0)
+
+    def _shared(self, whole: float, layers: float, rate: float) -> list[float]:
+        """Seconds of each process of the pipeline for operations of which those of all `layers` are shared out, and
+        the others are the last one's."""
+        here = rate * self.axes.tensor * self.axes.context
+        return [
+            (layers * stages.layers / self.shape.layers + (whole - layers) * stages.last) / here
+            for stages in stages_of(self.axes, self.shape.layers)
+        ]
+
     def _pass(
-        self,
-        tokens: Tokens,
-        products: float,
-        passes: int,
-        *,
-        gathers: int,
-        more: float = 0.0,
-        optimizer: float = 0.0,
+        self, tokens: Tokens, products: list[float], passes: int, *, gathers: int, learns: bool = False
     ) -> Pass:
-        layers = passes * self._joining(tokens)
+        """`products` are seconds of each process of the pipeline."""
+        parts, chunks, ranks = tokens.forwards, self.axes.pipeline_chunks, self.axes.pipeline
+        most, joining = max(products), passes * parts * self._joining(tokens)
+        moving = parts * gathers * self._gathering()
+        if learns:
+            moving += parts * self._scattering()
+        between = self._between() if learns else 0.0
         if self.layout.offload_parameters:
-            more += tokens.forwards * gathers * held(self.shape, self._most)[0] * self._word / self.rates.host
-        ranks, chunks = self.axes.pipeline, self.axes.pipeline_chunks
-        # Interleaved stages take turns after as many micro-batches as there are processes, be they there or not.
-        idle = (ranks - 1 + (chunks - 1) * (-tokens.forwards % ranks)) / (tokens.forwards * chunks)
+            between += parts * gathers * held(self.shape, self._most)[0] * self._word / self.rates.host
+        if self.rates.exchanges is not None:
+            joining, moving = joining + moving, 0.0
+        # While the first micro-batch comes and the last one goes, the others' stages are at work. Interleaved stages
+        # take turns after as many micro-batches as there are processes, be they there or not.
+        others = sum(products) - most + (ranks - 1) * joining
+        turns = (chunks - 1) * (-parts % ranks) * (most + joining)
         return Pass(
-            products=products,
-            layers=layers,
-            weights=tokens.forwards * gathers * self._moving(held(self.shape, self._most)[0], self._word)
-            + more,
-            bubble=idle * (products + layers),
-            optimizer=optimizer,
+            products=most,
+            layers=joining,
+            weights=moving + between,
+            bubble=(others + turns) / (parts * chunks),
+            optimizer=self._optimizer() if learns else 0.0,
+            hidden=self.rates.exchanges is None,
         )
 
     @property
@@ -108,48 +128,65 @@ class Trainer:
         """Of the process that has the most."""
         return max(stages.layers for stages in fullest_of(self.axes, self.shape.layers))
 
-    @property
-    def _processes(self) -> float:
-        """Those that share the sequences of one data rank, as many as if all had as many layers as the fullest."""
-        return self.axes.tensor * self.axes.context * self.shape.layers / self._layers
-
     def _joining(self, tokens: Tokens) -> float:
-        """Communication of one forward pass inside the layers of a stage; backward it is as much."""
+        """Communication of the forward pass of one micro-batch inside the layers of a stage; backward it is as much."""
         axes, shape, layers = self.axes, self.shape, self._layers
-        line = tokens.line / axes.context
+        line = tokens.line / tokens.forwards / axes.context
         wide = line * shape.hidden * self._word
-        joined = 2 * layers * self.links.all_reduce(wide, axes.tensor, 1)
-        heads = (2 * shape.query + shape.key_value // shape.layers) / axes.tensor
-        turned = layers * self.links.exchange(line * heads * self._word, axes.context, axes.tensor)
-        routed = 0.0
+        joined = turned = routed = between = 0.0
+        if axes.tensor > 1:
+            # Around attention and feed-forward, and before and after the layers.
+            joined = (2 * layers + 1) * self._into_and_out(wide)
+        if axes.context > 1:
+            query, key_value = shape.query / axes.tensor, shape.key_value / shape.layers / axes.tensor
+            turned = layers * sum(
+                self.links.exchange(line * width * self._word, axes.context, axes.tensor)
+                for width in (query + key_value, query)
+            )
         if axes.expert > 1:
             copies = 2 * shape.active * wide / axes.tensor
             routed = layers * self.links.exchange(copies, axes.expert, axes.tensor)
-        between = 0.0
         if axes.pipeline > 1:
-            hops = wide / axes.tensor / self.links.rate(2, axes.world // axes.pipeline)
-            between = axes.pipeline_chunks * hops
+            between = axes.pipeline_chunks * self.links.send(wide / axes.tensor, axes.world // axes.pipeline)
         return joined + turned + routed + between
 
-    def _moving(self, held_here: int, word: int) -> float:
-        """Seconds to gather, or to scatter, what each process holds of a stage, layer by layer."""
+    def _into_and_out(self, size_bytes: float) -> float:
+        """Of a part that `tensor` splits: all tokens are gathered, and the sums go to those that have them; or sums for
+        everyone on the way there or back."""
+        tensor = self.axes.tensor
+        if not self.layout.sequence:
+            return self.links.all_reduce(size_bytes, tensor, 1)
+        return self.links.all_gather(size_bytes, tensor, 1) + self.links.reduce_scatter(size_bytes, tensor, 1)
+
+    def _gathering(self) -> float:
+        """Seconds to gather what each process holds of a stage, layer by layer and then the rest."""
+        return self._moving(held(self.shape, self._most)[0], self._word, self.links.all_gather)
+
+    def _scattering(self) -> float:
+        """Seconds to sum gradients within the shards, in float32."""
+        return self._moving(held(self.shape, self._most)[1], FLOAT, self.links.reduce_scatter)
+
+    def _moving(self, held_here: int, word: int, move: Callable[[float, int, int], float]) -> float:
         axes, shape = self.axes, self.shape
+        if axes.cut == 1:
+            return 0.0
         stage = held_here * axes.cut
         rest = (shape.parameters - shape.expert_parameters) / axes.tensor
         experts = stage * shape.expert_parameters / (rest + shape.expert_parameters)
-        seconds = self.links.all_gather((stage - experts) * word, axes.cut, axes.tensor)
+        seconds = move((stage - experts) * word, axes.cut, axes.tensor)
         if experts:
             few = axes.cut // axes.expert
-            seconds += self.links.all_gather(experts / axes.expert * word, few, axes.tensor * axes.expert)
+            seconds += move(experts / axes.expert * word, few, axes.tensor * axes.expert)
+        if self.rates.exchanges is not None:
+            # Into the messages, or out of them.
+            seconds += 2 * stage * word / self.rates.bandwidth
         # The whole's time counts the messages of one layer.
-        more = self._layers - 1
-        return seconds + more * self.links.all_gather(0.0, axes.cut, axes.tensor)
+        return seconds + self._layers * move(0.0, axes.cut, axes.tensor)
 
-    def _summing(self, forwards: int) -> float:
-        """Gradients of a stage: summed in float32 within the shards each time, between the copies once per update."""
+    def _between(self) -> float:
+        """Seconds to sum gradients between the copies, once per update."""
         axes, trained = self.axes, held(self.shape, self._most)[1]
-        between = self.links.all_reduce(trained * FLOAT, axes.replicate, axes.tensor * axes.cut)
-        return forwards * self._moving(trained, FLOAT) + between
+        return self.links.all_reduce(trained * FLOAT, axes.replicate, axes.tensor * axes.cut)
 
     def _optimizer(self) -> float:
         trained = held(self.shape, self._most)[1]
@@ -171,4 +208,5 @@ def times(one: Pass, many: int) -> Pass:
         weights=many * one.weights,
         bubble=many * one.bubble,
         optimizer=many * one.optimizer,
+        hidden=one.hidden,
     )
