@@ -13,7 +13,7 @@ from tandem.checkpoint import lock, newest
 from tandem.config import preset_names
 from tandem.engine import EmbeddedEngine
 from tandem.errors import ConfigError, RunError
-from tandem.journal import read_metrics
+from tandem.journal import exported_step, read_metrics
 from tandem.learner import Actor
 from tandem.placement import inline
 from tandem.train import snapshot
@@ -47,6 +47,23 @@ def test_rewards_that_mostly_fail_end_the_run_with_their_cause(random_folder, ma
     with pytest.raises(RunError, match=r"3 steps in a row.*no such column"):
         train(run, quiet)
     assert len(rows(run)) == 2, "the third step in a row is the last"
+    checkpoint = newest(Path(run.run_dir) / "checkpoints", strict=True)
+    assert checkpoint.name == "step_00000002", "what was learned before is kept"
+
+
+def test_one_failed_reward_that_ends_the_run_leaves_what_was_learned(random_folder, make_run, quiet):
+    run = make_run(
+        random_folder,
+        steps=10,
+        data={"limit": 40},
+        reward=rewarded("raises_sometimes", on_failure="raise"),
+        checkpoint={"every": None},
+    )
+    with pytest.raises(RunError, match=r"a reward failed \(error\)"):
+        train(run, quiet)
+    done = len(rows(run))
+    checkpoint = newest(Path(run.run_dir) / "checkpoints", strict=True)
+    assert done > 0 and checkpoint.name == f"step_{done:08d}"
 
 
 def test_failed_rewards_are_masked_and_counted(random_folder, make_run, quiet):
@@ -146,6 +163,7 @@ def test_a_full_disk_does_not_stop_training_but_fails_the_run_if_it_stays_full(
     with pytest.raises(RunError, match="No space left"):
         train(later, quiet)
     assert newest(Path(run.run_dir) / "checkpoints", strict=True).name == "step_00000004"
+    assert exported_step(Path(run.run_dir)) == 8, "the model is there"
     assert not list((Path(run.run_dir) / "checkpoints").glob("*tmp*"))
 
 

@@ -41,6 +41,7 @@ def test_a_name_outside_the_table_cannot_be_logged(tmp_path):
         journal.log(1, {"reward/avg": 1.0})
     journal.log(1, {"reward/parts/my_module:score": 1.0})
     assert metric("reward/parts/") is None
+    assert metric("reward/parts/~/r(1)+x, y@2.py:score") is METRICS["reward/parts/<function>"]
     assert metric("reward/parts/acc") is METRICS["reward/parts/<function>"]
 
 

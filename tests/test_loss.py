@@ -135,7 +135,7 @@ def test_a_split_holds_every_row_once_in_whole_groups_in_the_given_order(updates
     parts = split(experience, updates, keys, LIMIT, order)
     assert sorted(int(row) for part in parts for row in part.version_B) == list(range(16))
     groups = [part.group_B.unique().tolist() for part in parts]
-    assert groups == [sorted(chunk.tolist()) for chunk in order.chunk(updates)]
+    assert groups == [sorted(chunk.tolist()) for chunk in order.tensor_split(updates)]
     for part in parts:
         rows = part.version_B
         torch.testing.assert_close(part.advantage_BT, experience.advantage_BT[rows, : part.mask_BT.shape[1]])
@@ -165,6 +165,12 @@ def test_fewer_groups_than_updates_give_fewer_updates_and_no_empty_one():
     batch = small_batch([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
     parts = split(experience_of(batch, algorithm()), 4, algorithm(), LIMIT, torch.arange(3))
     assert [part.size for part in parts] == [2, 2, 2]
+
+
+def test_groups_that_do_not_divide_are_as_many_updates_all_the_same():
+    batch = small_batch([[0.0, 1.0]] * 5)
+    parts = split(experience_of(batch, algorithm()), 4, algorithm(), LIMIT, torch.arange(5))
+    assert [part.size for part in parts] == [4, 2, 2, 2]
 
 
 # Ratios and surrogates

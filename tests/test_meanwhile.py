@@ -125,6 +125,17 @@ def test_only_what_scoring_is_waited_for_counts_as_not_overlapped(sampler):
     assert seconds["timing/reward"] >= 0.6 > 0.5 > seconds["timing/non_overlap_reward"] >= 0.2
 
 
+def test_an_evaluation_takes_none_of_the_seconds_of_training(sampler):
+    one, prompts = sampler("slow", [0, 1, 2], lambda index: time.sleep(0.1))
+    one.scorer.ready()
+    one.sample(prompts[:3], [0, 1, 2], answers=1, domain=EVAL)
+    assert set(one.take_seconds().values()) == {0.0}
+    one.sample(prompts[:3], [0, 1, 2], answers=1)
+    one.sample(prompts[:3], [0, 1, 2], answers=1, domain=EVAL)
+    seconds = one.take_seconds()
+    assert seconds["timing/rollout"] >= 0.3 and seconds["timing/reward"] >= 0.6
+
+
 def test_a_poll_that_raises_leaves_nothing_behind(sampler, tmp_path):
     one, prompts = sampler("slow", range(4), lambda index: None)
 

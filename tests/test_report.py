@@ -50,7 +50,8 @@ def test_answers_before_and_after_stand_side_by_side_by_question():
         group(3, "hidden by count", Score(reward=0.0)),
     ]
     after = [group(2, "three", Score(reward=1.0)), group(1, "two", Score(reward=0.5))]
-    text = shown(sample_answers(before, after, count=2))
+    after += [group(3, "hidden by count", Score(reward=0.0))]
+    text = shown(sample_answers(after, before, count=2))
     assert "no \\x1b[31mred[/b]" in text and "[b]1+1?[/b]" in text
     first = next(line for line in text.splitlines() if "[b]1+1?" in line)
     assert "two" in first and "three" not in first
@@ -119,7 +120,7 @@ def test_the_summary_names_figures_versions_and_hardware(tmp_path, monkeypatch):
     text = (tmp_path / "summary.json").read_text()
     record = json.loads(text)
     assert (record["start"]["eval/accuracy"], record["end"]["eval/accuracy"]) == (0.125, 0.75)
-    assert (record["steps"], record["seconds"], record["seed"]) == (60, 150.0, 5)
+    assert (record["steps"], record["began"], record["seconds"], record["seed"]) == (60, 0, 150.0, 5)
     assert record["versions"]["torch"] == torch.__version__ and "tandem" in record["versions"]
     assert record["hardware"]["cpu"] and record["hardware"]["cores"] >= 1
     assert record["hardware"]["device"] == "cpu, 2 threads"
@@ -147,4 +148,6 @@ def test_the_last_words_say_what_came_of_it_where_it_lies_and_what_is_next(tmp_p
     assert "sampling.max_answer_tokens=512" in cut.closing(run_of(tmp_path), tmp_path)
     done = summary(end={"eval/accuracy": 0.95})
     assert "algorithm.preset=dr_grpo" in done.closing(run_of(tmp_path), tmp_path)
+    resumed = summary(began=50).closing(run_of(tmp_path), tmp_path)
+    assert resumed.startswith("10 steps after the first 50 in 2 min 30 s.")
     assert summary(steps=0).closing(run_of(tmp_path), tmp_path).startswith("0 steps in 2 min 30 s.")

@@ -1,10 +1,14 @@
 """A run that was stopped and went on is the run that was never stopped, bit for bit."""
 
+import io
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from tandem.checkpoint import newest
@@ -163,8 +167,38 @@ def test_resume_refuses_changed_questions(adding_folder, make_run, quiet, tmp_pa
     run = make_run(adding_folder, steps=1, data={"train": str(file)})
     train(run, quiet)
     file.write_text(file.read_text().replace("15+15", "15+16"))
+    (Path(run.run_dir) / "metrics.jsonl").open("a").write('{"step": 1, "reward/mean": 0.5}\n')
     with pytest.raises(RuntimeError, match=r"questions of data.train changed"):
         train(run.model_copy(update={"steps": 2}), quiet)
+    assert len(trajectory(run)) == 2, "nothing is forgotten by a run that does not go on"
+
+
+def test_a_reference_that_the_checkpoint_has_not_is_refused_by_its_key(make_run, quiet):
+    run = make_run(steps=1, algorithm={"kl": {"coef": 0.0}})
+    train(run, quiet)
+    quiet.allow_config_change = True
+    later = make_run(steps=2, algorithm={"kl": {"coef": 0.1}})
+    with pytest.raises(
+        RunError, match=r"holds no reference, which algorithm.kl.coef=0.1 needs: give reference.path"
+    ):
+        train(later, quiet)
+
+
+def test_a_finished_run_whose_checkpoints_are_gone_is_set_aside(adding_folder, make_run, quiet):
+    run = make_run(adding_folder, steps=1)
+    train(run, quiet)
+    shutil.rmtree(Path(run.run_dir) / "checkpoints")
+    train(run, quiet)
+    assert (Path(f"{run.run_dir}.1") / "model" / "config.json").exists()
+
+
+def test_a_resumed_run_has_no_answers_from_before_training(adding_folder, make_run, quiet):
+    train(make_run(adding_folder, steps=1, eval={"every": 1, "questions": 2}), quiet)
+    out = io.StringIO()
+    later = make_run(adding_folder, steps=2, eval={"every": 1, "questions": 2})
+    train(later, replace(quiet, console=Console(file=out, width=100)))
+    said = out.getvalue()
+    assert "1 steps after the first 1 in" in said and "before" not in said.partition("Sample answers")[2]
 
 
 def test_fresh_sets_the_earlier_run_aside(adding_folder, make_run, quiet):

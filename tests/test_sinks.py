@@ -144,6 +144,17 @@ def test_on_a_terminal_the_console_shows_a_bar(tmp_path):
     assert "4/10" in out.getvalue() and "reward 0.125" in out.getvalue()
 
 
+def test_the_bar_of_a_resumed_run_begins_with_the_steps_done(tmp_path):
+    out = io.StringIO()
+    run = run_of(tmp_path, "journal.sinks=[console]")
+    with Journal(run, tmp_path, Console(file=out, force_terminal=True, width=100)) as journal:
+        journal.rewind(6, keep_warmup=True)
+        journal.progress("sampling")
+        journal._shown_at = float("-inf")
+        journal.progress("sampling")
+    assert "7/10" in out.getvalue()
+
+
 @pytest.mark.skipif(HAS_WANDB, reason="wandb is installed")
 def test_a_sink_whose_package_is_missing_is_refused_before_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

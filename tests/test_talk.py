@@ -1,6 +1,7 @@
 """Models at work: where they are found, what they are asked, how their answers reach the terminal."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -27,10 +29,12 @@ from tandem.errors import ConfigError, DataError, RunError
 from tandem.model import LanguageModel
 from tandem.model.new import new_tokenizer
 from tandem.talk.chat import Chat, converse
-from tandem.talk.generate import dialog, generate
+from tandem.talk.evaluate import Result
+from tandem.talk.generate import dialog, generate, read_prompts
 from tandem.talk.place import locate
 from tandem.talk.speaker import Speaker, open_speaker
 from tandem.talk.text import TextStream, escaped
+from tandem.train.evaluation import Evaluation
 from tandem.train.run import train
 from tiny_models import chain, script, spelled
 
@@ -315,8 +319,10 @@ def test_the_oldest_turns_go_when_the_positions_are_full():
     chat.ask("third" + "." * 20)
     assert terminal.notices == ["the oldest turn is forgotten: the model has 128 positions"]
     assert "first" not in asked(chat) and "second" in asked(chat) and "third" in asked(chat)
+    remembered = asked(chat)
     converse(chat, iter(["x" * 200, "exit"]).__next__)
-    assert "shorten it" in terminal.notices[-1]
+    assert "shorten it" in terminal.notices[-1] and len(terminal.notices) == 2
+    assert asked(chat) == remembered, "a question that is refused costs no turn"
 
 
 def test_ctrl_c_stops_the_answer_and_the_talk_goes_on():
@@ -378,6 +384,34 @@ def test_eval_of_a_plain_folder_needs_a_recipe_and_takes_its_settings(trained, t
         figures.append(json.loads(target.read_text())["figures"])
     assert figures[0] == figures[1] == json.loads((trained / "summary.json").read_text())["end"]
     assert figures[2] != figures[0]
+
+
+def test_eval_of_a_run_that_is_not_done_takes_the_model_of_its_checkpoint(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    shutil.rmtree(folder / "model")
+    other = yaml.safe_load((trained / "config.yaml").read_text())
+    other["model"]["new"]["hidden_size"] = 64
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    target = tmp_path / "figures.json"
+    done = call("eval", folder, "--recipe", tmp_path / "other.yaml", "--json", target)
+    assert done.exit_code == 0, done.output
+    assert (
+        json.loads(target.read_text())["figures"] == json.loads((trained / "summary.json").read_text())["end"]
+    )
+
+
+def test_figures_of_answers_that_could_not_be_scored_are_null(tmp_path):
+    evaluation = Evaluation(figures={"eval/accuracy": math.nan, "eval/response_length": 4.0}, greedy=[])
+    Result(evaluation=evaluation, settings={}, seconds=1.0).write(tmp_path / "figures.json")
+    text = (tmp_path / "figures.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["figures"] == {"eval/accuracy": None, "eval/response_length": 4.0}
+
+
+def test_a_prompt_of_a_file_ends_with_its_line_alone(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("a\u2028b\u0085c\fd\r\n\nnext\n".encode())
+    assert read_prompts(tmp_path / "prompts.txt") == ["a\u2028b\u0085c\fd", "next"]
 
 
 def test_eval_without_questions_says_which_key_is_missing(trained):

@@ -253,7 +253,7 @@ def split(
 ) -> list[Experience]:
     """Cut a step into updates of whole groups, taken in the given order; each gets weights of its own."""
     parts = []
-    for groups in order_G.chunk(updates):
+    for groups in order_G.tensor_split(min(updates, len(order_G))):
         rows = torch.isin(experience.group_B, groups).nonzero().squeeze(1)
         part = take(experience, rows)
         fresh_BT = weights(part.mask_BT, algorithm.weight, max_answer_tokens)

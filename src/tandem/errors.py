@@ -11,3 +11,7 @@ class DataError(ValueError):
 
 class RunError(RuntimeError):
     """The world failed under a run that was set up rightly: full disk, dead worker, non-finite loss."""
+
+
+class SamplingError(RunError):
+    """Answers are not to be had, or not to be scored. The weights are those of the last step, and can be saved."""

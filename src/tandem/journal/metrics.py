@@ -360,4 +360,4 @@ _SECTIONS = {
 }
 
 METRICS: dict[str, Metric] = {name: row for rows in _SECTIONS.values() for name, row in rows.items()}
-_PATTERNS = {name: re.compile(re.sub(r"<\w+>", r"[\\w.:/ -]+", name)) for name in METRICS if "<" in name}
+_PATTERNS = {name: re.compile(re.sub(r"<\w+>", ".+", name)) for name in METRICS if "<" in name}

@@ -48,18 +48,18 @@ def _visible(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-def sample_answers(before: Sequence["Group"], after: Sequence["Group"] = (), *, count: int) -> Table:
-    """A table of the first questions, each with its first answer before training and, if given, after."""
-    later = {group.prompt.id: group for group in after}
+def sample_answers(answered: Sequence["Group"], before: Sequence["Group"] = (), *, count: int) -> Table:
+    """A table of the first questions, each with its first answer and, if given, the one before training."""
+    earlier = {group.prompt.id: group for group in before}
     table = Table(show_lines=True, title="Sample answers", title_justify="left", header_style="bold")
-    for heading in ("question", "truth", *(("before", "after") if after else ("answer",))):
+    for heading in ("question", "truth", *(("before", "after") if before else ("answer",))):
         table.add_column(heading, overflow="fold")
-    for group in before[:count]:
+    for group in answered[:count]:
         cells = [Text(visible(group.prompt.question)), Text(visible(group.prompt.truth or ""))]
-        cells.append(_answer(group.rollouts[0]))
-        if after:
-            match = later.get(group.prompt.id)
+        if before:
+            match = earlier.get(group.prompt.id)
             cells.append(_answer(match.rollouts[0]) if match else Text(""))
+        cells.append(_answer(group.rollouts[0]))
         table.add_row(*cells)
     return table
 
@@ -82,8 +82,10 @@ class Summary:
     """File the run was loaded from."""
     steps: int
     """Steps done."""
+    began: int = 0
+    """Steps that were done before, where the run went on."""
     seconds: float
-    """Wall time from loading to the end, warm-up and evaluation included."""
+    """Wall time from loading to the end, warm-up and evaluation included, of what was done since."""
     warmup_seconds: float = 0.0
     """The part of it that the warm-up took."""
     start: Mapping[str, float]
@@ -96,6 +98,7 @@ class Summary:
         record = {
             "recipe": self.recipe,
             "steps": self.steps,
+            "began": self.began,
             "seconds": round(self.seconds, 3),
             "warmup_seconds": round(self.warmup_seconds, 3),
             "start": dict(self.start),
@@ -111,7 +114,8 @@ class Summary:
     def closing(self, run: Run, folder: Path) -> str:
         """The last words on the console: what came of it, where it lies, what to try next."""
         warmup = f", {_clock(self.warmup_seconds)} of it warm-up" if self.warmup_seconds else ""
-        lines = [f"{self.steps} steps in {_clock(self.seconds)}{warmup}."]
+        before = f" after the first {self.began}" if self.began else ""
+        lines = [f"{self.steps - self.began} steps{before} in {_clock(self.seconds)}{warmup}."]
         lines += [
             f"  {label}: {self.start[name]:.3f} -> {self.end[name]:.3f}"
             for name, label in _FIGURES.items()

@@ -57,9 +57,7 @@ class ConsoleSink(Sink):
                 TextColumn("{task.fields[doing]}", markup=False, style="dim"),
             )
             self._bar = Progress(*columns, TimeRemainingColumn(compact=True), console=console)
-            self._task = self._bar.add_task(
-                "", total=run.steps, completed=max(first_step - 1, 0), figures="", doing=""
-            )
+            self._task = self._bar.add_task("", total=run.steps, completed=first_step, figures="", doing="")
             self._bar.start()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

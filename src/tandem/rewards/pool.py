@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from tandem.errors import ConfigError, RunError
+from tandem.errors import ConfigError, SamplingError
 from tandem.rewards.process import START_S, Task, WorkerProcess, environment
 
 AHEAD = 16
@@ -94,7 +94,7 @@ class Pool:
 
     def check_open(self) -> None:
         if not self.workers:
-            raise RunError("the scorer is closed")
+            raise SamplingError("the scorer is closed")
 
     def _busy(self) -> bool:
         return bool(self._waiting) or any(t.outcomes is None for t in self._owed())
@@ -180,7 +180,7 @@ class Pool:
     def _expire(self, worker: WorkerProcess) -> None:
         if not worker.ready:
             how = self._dismiss(worker)
-            raise RunError(f"a reward worker did not import its functions within {START_S:g} s ({how})")
+            raise SamplingError(f"a reward worker did not import its functions within {START_S:g} s ({how})")
         late = worker.owed[0]
         late.fail("timeout", f"no result within {late.seconds:g} s")
         self._replace(worker)
@@ -189,7 +189,7 @@ class Pool:
         """A worker is gone: what it was at is tried once more, elsewhere, then given up."""
         if not worker.ready:
             how = self._dismiss(worker)
-            raise RunError(
+            raise SamplingError(
                 f"a reward worker died while it imported its functions ({how}); "
                 "if memory was short, raise reward.memory_mb"
             )

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from tandem.config.reward import OVERLONG, Reward
-from tandem.errors import RunError
+from tandem.errors import SamplingError
 from tandem.rewards.answer import Answer
 from tandem.rewards.channel import HEADER
 from tandem.rewards.function import locate
@@ -170,7 +170,7 @@ class Scorer:
     def _failed(self, answer: Answer, kind: str, detail: str) -> Score:
         """A failure under the configured policy; one that counts as zero keeps its kind in the detail."""
         if self._config.on_failure == "raise":
-            raise RunError(
+            raise SamplingError(
                 f"a reward failed ({kind}): {detail}. The question begins {answer.question[:80]!r}. "
                 "With reward.on_failure=mask such answers are left out instead"
             )

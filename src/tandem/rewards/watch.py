@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from tandem.errors import RunError
+from tandem.errors import SamplingError
 from tandem.types import Score
 
 STEPS = 3
@@ -44,7 +44,7 @@ class FailureWatch:
         self._first = self._first or failures[0][1]
         if self._steps >= STEPS:
             counts = ", ".join(f"{count} {kind}" for kind, count in self._kinds.most_common())
-            raise RunError(
+            raise SamplingError(
                 f"more than {self._max_share:.0%} of the rewards failed, {STEPS} steps in a row ({counts}). "
                 f"The first: {self._first}. Correct the reward function or the data, or raise "
                 "reward.timeout_s, reward.memory_mb or reward.max_failure_share"

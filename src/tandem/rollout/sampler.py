@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -165,37 +165,36 @@ class Sampler:
                 on_done=on_done,
             )
             generated = time.monotonic()
-            judged = {} if judging is None else self._judged(judging)
+            judged = {} if judging is None else judging.finish()
             waiting = time.monotonic()
             scores = scoring.finish(judged)
-        with self._counting:
-            # Where several are sampled side by side, time is counted once.
-            self._seconds["timing/rollout"] += max(0.0, generated - max(began, self._generated))
-            self._generated = max(generated, self._generated)
-            self._seconds["timing/reward"] += scoring.busy_s
-            self._seconds["timing/non_overlap_reward"] += time.monotonic() - waiting
+        seconds = {"timing/reward": scoring.busy_s, "timing/non_overlap_reward": time.monotonic() - waiting}
+        if judging is not None:
+            seconds["timing/reward_model"] = judging.busy_s
+            seconds["timing/non_overlap_reward_model"] = waiting - generated
+        self._count(began, generated, seconds, counts=domain == TRAIN)
         return [with_scores(groups[place], scores[place]) for place in range(len(prompts))]
 
     def take_seconds(self) -> dict[str, float]:
-        """Time spent since the last call, by phase."""
+        """Time spent on answers to train on since the last call, by phase."""
         with self._counting:
             taken, self._seconds = self._seconds, dict.fromkeys(self._timed, 0.0)
         return taken
+
+    def _count(self, began: float, generated: float, seconds: Mapping[str, float], *, counts: bool) -> None:
+        """Where several are sampled side by side, time is counted once, and that of an evaluation never."""
+        with self._counting:
+            if counts:
+                self._seconds["timing/rollout"] += max(0.0, generated - max(began, self._generated))
+                for name, value in seconds.items():
+                    self._seconds[name] += value
+            self._generated = max(generated, self._generated)
 
     def _judging(self, prompts: Sequence[Prompt], answers: int) -> Judging | None:
         if self.reward_model is None:
             return None
         places = [place for place, prompt in enumerate(prompts) if prompt.scored_by != "rule"]
         return Judging(self.reward_model, places, self.run.unit(len(places), answers), answers)
-
-    def _judged(self, judging: Judging) -> dict[int, list[float]]:
-        """What the reward model says; the reward functions work meanwhile."""
-        began = time.monotonic()
-        scores = judging.finish()
-        with self._counting:
-            self._seconds["timing/reward_model"] += judging.busy_s
-            self._seconds["timing/non_overlap_reward_model"] += time.monotonic() - began
-        return scores
 
     def _rollout(self, prompt: Prompt, done: Completion) -> Rollout:
         silent = len(prompt.tokens)

@@ -96,22 +96,23 @@ class Chat:
         reserve = min(self.params.max_tokens, positions // RESERVED)
         dropped = 0
         tokens = self._tokens(message)
-        while len(tokens) + reserve > positions and self.turns:
-            self.turns.pop(0)
+        while len(tokens) + reserve > positions and dropped < len(self.turns):
             dropped += 1
-            tokens = self._tokens(message)
-        if dropped:
-            turns = "oldest turn is" if dropped == 1 else f"{dropped} oldest turns are"
-            self.notice(f"the {turns} forgotten: the model has {positions:,} positions")
+            tokens = self._tokens(message, dropped)
         if len(tokens) >= positions:
             raise DataError(
                 f"the question takes {len(tokens):,} tokens and the model has {positions:,} positions; shorten it"
             )
+        if dropped:
+            del self.turns[:dropped]
+            turns = "oldest turn is" if dropped == 1 else f"{dropped} oldest turns are"
+            self.notice(f"the {turns} forgotten: the model has {positions:,} positions")
         return tokens
 
-    def _tokens(self, message: Message) -> tuple[int, ...]:
+    def _tokens(self, message: Message, dropped: int = 0) -> tuple[int, ...]:
+        """Of the dialog without its oldest turns."""
         system = [{"role": "system", "content": self.system}] if self.system is not None else []
-        return self.speaker.prompt([*system, *(m for turn in self.turns for m in turn), message])
+        return self.speaker.prompt([*system, *(m for turn in self.turns[dropped:] for m in turn), message])
 
     def _stream(self, request: Request, params: SamplingParams) -> str:
         stream = TextStream(self.speaker.model.tokenizer)

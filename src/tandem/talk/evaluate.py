@@ -1,6 +1,7 @@
 """The evaluation of a run, on any model: the same questions, draws and reward as during training."""
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,11 @@ class Result:
         return sample_answers(self.evaluation.greedy, count=count)
 
     def write(self, path: Path) -> None:
-        """Figures and settings as JSON."""
-        record = {"figures": self.evaluation.figures, "settings": self.settings, "seconds": self.seconds}
+        """Figures and settings as JSON; a figure is null where the scoring of every answer failed."""
+        figures = {
+            name: value if math.isfinite(value) else None for name, value in self.evaluation.figures.items()
+        }
+        record = {"figures": figures, "settings": self.settings, "seconds": self.seconds}
         try:
             path.write_text(json.dumps(redact(record), indent=2) + "\n", encoding="utf-8")
         except OSError as error:
@@ -70,7 +74,10 @@ def settings_of(place: Place, recipe: str | None, overrides: list[str]) -> Run:
     if run.data.eval is None:
         raise ConfigError("data.eval is null: name held-out questions, for example data.eval=FILE")
     if place.folder is None:
-        return run
+        if recipe is None:
+            return run
+        assert place.run is not None
+        return run.model_copy(update={"model": place.run.model, "warmup": None})
     model = Model(path=place.folder, dtype=run.model.dtype, trust_remote_code=run.model.trust_remote_code)
     return run.model_copy(update={"model": model, "warmup": None})
 

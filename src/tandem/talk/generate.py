@@ -47,7 +47,7 @@ class Reply:
 def read_prompts(path: Path) -> list[str]:
     """One prompt per line; empty lines are passed over."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:

@@ -16,7 +16,7 @@ from tandem.config.run import Run
 from tandem.data import tasks
 from tandem.data.prompts import PromptSet, load_prompts
 from tandem.device import describe, pick, set_threads, synchronize
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, RunError, SamplingError
 from tandem.journal import Journal, Summary, Timer, draw, read_metrics, sample_answers, visible
 from tandem.learner import Actor, Reference
 from tandem.model import LanguageModel, tokenizer_of
@@ -25,7 +25,6 @@ from tandem.model import load as load_model
 from tandem.model.language_model import longest_row
 from tandem.placement import inline
 from tandem.placement.cluster.build import build
-from tandem.placement.cluster.lost import EnginesLost
 from tandem.placement.inline import sampling_params
 from tandem.rewards.scorer import Scorer
 from tandem.train import snapshot
@@ -41,6 +40,8 @@ from tandem.types import Prompt
 
 ROLES = {"inline": inline.build, "colocated": build, "apart": build}
 """Who makes the roles, by `placement.kind`."""
+EXPORTED = "model"
+"""Below the run's folder, where the trained model is."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,19 +58,18 @@ class Launch:
 
 
 def train(run: Run, launch: Launch) -> Summary:
-    """The whole run; returns its summary. A signal saves a checkpoint and then raises `Interrupted`, as does the loss
-    of engines that cannot be replaced with `EnginesLost`."""
+    """The whole run; returns its summary. A signal saves a checkpoint and then raises `Interrupted`, as does what keeps
+    answers from being sampled or scored with `SamplingError`."""
     folder = Path(run.run_dir)
     with ExitStack() as stack:
         stack.enter_context(lock(folder))
         interruption = stack.enter_context(Interruption())
-        if launch.fresh:
+        if launch.fresh or ((folder / EXPORTED).is_dir() and newest(folder / "checkpoints") is None):
             set_aside(folder, launch.console)
         began = time.monotonic()
         session = prepare(run, launch, stack, interruption)
         try:
             reinforce(run, session.roles, session, session.timer, session.boundary.step)
-            session.save()
         except Interrupted as signal:
             session.save()
             launch.console.print(
@@ -78,8 +78,14 @@ def train(run: Run, launch: Launch) -> Summary:
                 markup=False,
             )
             raise
-        except EnginesLost:
+        except SamplingError:
             session.save()
+            raise
+        try:
+            session.save()
+        except RunError:
+            # The model needs less room on the disk than all that a checkpoint has.
+            finish(run, launch, session, time.monotonic() - began)
             raise
         return finish(run, launch, session, time.monotonic() - began)
 
@@ -92,6 +98,7 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
     if resume is not None:
         check_same(run, resume, launch)
         step = steps_done(run, resume)
+    reference = snapshot.reference_in(resume, run)
     console.print(run.arithmetic(), highlight=False, markup=False)
     # Elsewhere the accelerators belong to the workers.
     device = pick(run.device if run.placement.kind == "inline" else "cpu")
@@ -116,21 +123,27 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
     params = sampling_params(run, prompts.template, tokenizer)
     longest_held_out = max((len(prompt.tokens) for prompt in held_out), default=0)
     check_lengths(run, params, max_positions(run, model), prompts.lengths.longest, longest_held_out)
-    (folder / "config.yaml").write_text(dump(run), encoding="utf-8")
-    journal.rewind(step - 1, keep_warmup=resume is not None)
     warmed = 0.0
-    if resume is None and run.warmup is not None:
-        assert model is not None
-        warmed = warm_up(run, model, prompts, journal, interruption)
-    reference = resume / snapshot.REFERENCE if resume is not None and snapshot.keeps_reference(run) else None
+    if resume is None:
+        begin(run, journal, step, resumes=False)
+        if run.warmup is not None:
+            assert model is not None
+            warmed = warm_up(run, model, prompts, journal, interruption)
     roles = stack.enter_context(closing(ROLES[run.placement.kind](run, model, prompts, scorer, reference)))
     if resume is not None:
         snapshot.restore(resume, roles, prompts.fingerprint)
+        begin(run, journal, step, resumes=True)
         console.print(
             f"going on from {resume}, {step} of {run.steps} steps done", highlight=False, markup=False
         )
     timer = Timer(lambda: synchronize(device))
     return Session(run, roles, prompts, held_out, journal, timer, interruption, step, warmed)
+
+
+def begin(run: Run, journal: Journal, step: int, resumes: bool) -> None:
+    """From here on the run's folder is that of this configuration, and what was recorded after the step is gone."""
+    (Path(run.run_dir) / "config.yaml").write_text(dump(run), encoding="utf-8")
+    journal.rewind(step - 1, keep_warmup=resumes)
 
 
 def held_out_questions(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
@@ -221,22 +234,24 @@ def finish(run: Run, launch: Launch, session: Session, seconds: float) -> Summar
     folder, console = Path(run.run_dir), launch.console
     session.journal.close()
     roles = session.roles
-    export(lambda place: roles.on_learners(save_merged, place), folder / "model")
+    export(lambda place: roles.on_learners(save_merged, place), folder / EXPORTED)
     metrics = read_metrics(folder / "metrics.jsonl")
-    evaluated = [row for row in metrics if "eval/accuracy" in row]
+    evaluated = [row for row in metrics if row.get("eval/accuracy") is not None]
     summary = Summary(
         recipe=launch.recipe,
         steps=run.steps,
+        began=session.start,
         seconds=seconds,
         warmup_seconds=session.warmup_seconds,
         start=eval_figures(evaluated[0]) if evaluated else {},
         end=eval_figures(evaluated[-1]) if evaluated else {},
     )
-    if any("reward/mean" in row or "eval/accuracy" in row for row in metrics):
+    if evaluated or any(row.get("reward/mean") is not None for row in metrics):
         draw(folder / "metrics.jsonl", folder / "curve.png")
     summary.write(folder / "summary.json", run, roles.on_learners(device_name))
-    if session.first and session.last and run.journal.samples:
-        console.print(sample_answers(session.first.greedy, session.last.greedy, count=run.journal.samples))
+    if session.last and run.journal.samples:
+        before = session.first.greedy if session.first else ()
+        console.print(sample_answers(session.last.greedy, before, count=run.journal.samples))
     console.print(summary.closing(run, folder), highlight=False, markup=False)
     return summary
 

@@ -44,8 +44,11 @@ class Session:
         self.journal, self.timer, self.interruption = journal, timer, interruption
         self.warmup_seconds = warmup_seconds
         self.checkpoints = Path(run.run_dir) / "checkpoints"
+        self.start = start
+        """Steps done before this session."""
         self.boundary = self._boundary(start)
         self.first: Evaluation | None = None
+        """Of the untrained policy, where this session has it."""
         self.last: Evaluation | None = None
         self._figures: dict[str, float] = {}
         self._profiled = start + 1 if run.profile else None
@@ -114,8 +117,8 @@ class Session:
             return {}
         with self.timer("eval"):
             self.last = evaluate(self.run, self.roles.sampler, self.held_out)
-        self.first = self.first or self.last
-        self.roles.sampler.take_seconds()
+        if step == 0:
+            self.first = self.last
         return self.last.figures
 
     def _clock(self, groups: list[Group]) -> dict[str, float]:

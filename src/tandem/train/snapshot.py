@@ -146,5 +146,18 @@ def keeps_reference(run: Run) -> bool:
     return copied and (run.reference.refresh_every is not None or run.model.new is not None)
 
 
+def reference_in(checkpoint: Path | None, run: Run) -> Path | None:
+    """The folder of the reference that a checkpoint keeps, where the run has one of this kind."""
+    if checkpoint is None or not keeps_reference(run):
+        return None
+    folder = checkpoint / REFERENCE
+    if not folder.is_dir():
+        raise RunError(
+            f"{checkpoint} holds no reference, which algorithm.kl.coef={run.algorithm.kl.coef:g} needs: give "
+            f"reference.path, or begin anew from its policy, with model.path={checkpoint / MODEL} and another run_dir"
+        )
+    return folder
+
+
 def config_hash(run: Run) -> str:
     return hashlib.sha256(dump(run).encode()).hexdigest()

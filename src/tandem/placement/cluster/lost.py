@@ -1,13 +1,13 @@
 """What can happen to a process of the run."""
 
-from tandem.errors import RunError
+from tandem.errors import RunError, SamplingError
 
 
 class WorkerLost(RunError):
     """A worker died, broke, or did not answer in time. An engine can be replaced, a learner cannot."""
 
 
-class EnginesLost(RunError):
+class EnginesLost(SamplingError):
     """No engine can be brought to the present weights. The learners are whole, so what they have can still be saved."""
 
 
