@@ -111,7 +111,9 @@ _NAMES_ELSEWHERE = (
 
 _RUN = {
     "step": Metric("passes of the loop so far", "steps", "0 is before the first update"),
-    "version": Metric("version of the weights after the step", "versions", "one more each time they change"),
+    "version": Metric(
+        "version of the weights after the step", "versions", "one more with each step, updates or not"
+    ),
     "epoch": Metric("questions drawn / questions in the data", "epochs", "fractional"),
 }
 
@@ -139,14 +141,19 @@ _REWARD = {
     "frac_zero_std": Metric(
         "groups whose rewards are all equal / groups",
         "share",
-        "such a group teaches nothing; near 1 means the task is too easy or too hard",
+        "such a group teaches nothing; near 1 means the task is too easy or too hard. With one answer per prompt it "
+        "is 1",
     ),
 }
 
 _ADVANTAGE = {
     "advantage/mean": Metric("mean of A over tokens", "1", "near 0 by construction for group baselines"),
     "advantage/std": Metric("unbiased standard deviation of A over tokens", "1", ""),
-    "advantage/zero_share": Metric("tokens with A = 0 / tokens", "share", "tokens without a gradient"),
+    "advantage/zero_share": Metric(
+        "tokens with A = 0 / tokens",
+        "share",
+        "tokens without a gradient, those of answers left out among them",
+    ),
 }
 
 _LENGTH = {
@@ -165,7 +172,8 @@ _ROLLOUT = {
     "rollout/logp_gap_mean": Metric(
         "mean of |sampler's logp - trainer's logp|",
         "nat",
-        "same weights, same tokens: rounding only; more means that sampler and trainer disagree",
+        "same weights, same tokens: rounding only; more means that sampler and trainer disagree. With sampling.max_lag "
+        "above 0 the policy's own motion too, with model.lora.dropout what it drops",
     ),
     "rollout/logp_gap_max": Metric("largest |sampler's logp - trainer's logp|", "nat", "as above"),
     "rollout/lag_mean": Metric("mean of current version - oldest version in the answer", "versions", ""),
@@ -202,7 +210,7 @@ _UPDATE = {
     "actor/kl_loss": Metric(
         "sum of w * KL estimate to the reference, without coefficient",
         "nat",
-        "only with algorithm.kl.place=loss",
+        "0 unless algorithm.kl.place=loss",
     ),
     "actor/entropy": Metric(
         "mean entropy of the next-token distribution over tokens",
@@ -211,7 +219,7 @@ _UPDATE = {
         "the answers with a gradient (others are not computed), and absent in a step without any",
     ),
     "actor/pg_clipfrac": Metric(
-        "tokens (answers, if the ratio is per sequence) whose clip takes effect / all",
+        "tokens (of whole answers, if the ratio is per sequence) whose clip takes effect / all",
         "share",
         "0 on the first update of an on-policy step",
     ),
@@ -289,9 +297,9 @@ _TIME = {
         "elsewhere all of it",
     ),
     "timing/old_log_p": Metric(
-        "log-probabilities before the update", "s", "absent where they are not needed"
+        "log-probabilities before the update", "s", "about 0 where they are not needed"
     ),
-    "timing/reference_model": Metric("log-probabilities of the reference", "s", "absent where not needed"),
+    "timing/reference_model": Metric("log-probabilities of the reference", "s", "about 0 without one"),
     "timing/non_overlap_reference_model": Metric(
         "waiting for the reference after the last answer",
         "s",
