@@ -163,6 +163,11 @@ def test_a_wrong_value_is_named_with_what_is_expected(override, expected, tmp_pa
         (["model.new=null"], "exactly one of model.path and model.new"),
         (["model.new.heads=3"], "hidden_size=128 must be a multiple of heads=3"),
         (["algorithm.kl.estimator=k1"], "zero expected gradient"),
+        (["algorithm.kl.coef=0", "algorithm.kl.target=0.1"], "kl.coef=0 stays 0"),
+        (
+            ["algorithm.clip.dual=3", "algorithm.clip.kind=weight"],
+            "clip.dual=3 is a bound of clip.kind=objective",
+        ),
         (["reference.path=x", "reference.refresh_every=3"], "exclude each other"),
         (
             ["learner.updates_per_step=3"],

@@ -177,6 +177,11 @@ class Kl(Section):
             raise ValueError(
                 "kl.estimator=k1 as a loss has zero expected gradient; use k2 or k3, or kl.place=reward"
             )
+        if self.target and not self.coef:
+            raise ValueError(
+                f"kl.target={self.target:g} steers the coefficient by factors, and kl.coef=0 stays 0; begin with a "
+                "coefficient above 0, such as 0.01"
+            )
         return self
 
 
@@ -192,6 +197,14 @@ class Clip(Section):
     kind: Literal["objective", "weight"] = "objective"
     """`objective`: PPO's minimum of clipped and unclipped. `weight`: the clipped ratio is a constant factor of
     the log-probability's gradient (CISPO)."""
+
+    @model_validator(mode="after")
+    def _dual_of_the_objective(self) -> "Clip":
+        if self.dual and self.kind == "weight":
+            raise ValueError(
+                f"clip.dual={self.dual:g} is a bound of clip.kind=objective; with weight leave it null"
+            )
+        return self
 
 
 class Algorithm(Section):
