@@ -92,7 +92,7 @@ class Trainer:
     ) -> Pass:
         """`products` are seconds of each process of the pipeline."""
         parts, chunks, ranks = tokens.forwards, self.axes.pipeline_chunks, self.axes.pipeline
-        most, joining = max(products), passes * parts * self._joining(tokens)
+        most, joining = max(products), parts * (passes * self._joining(tokens) + self._choosing(tokens))
         moving = parts * gathers * self._gathering()
         if learns:
             moving += parts * self._scattering()
@@ -149,6 +149,13 @@ class Trainer:
         if axes.pipeline > 1:
             between = axes.pipeline_chunks * self.links.send(wide / axes.tensor, axes.world // axes.pipeline)
         return joined + turned + routed + between
+
+    def _choosing(self, tokens: Tokens) -> float:
+        """Two sums, for everyone, of numbers of the predicted tokens of one micro-batch, behind the output head."""
+        size = tokens.predicted / tokens.forwards * FLOAT
+        axes = self.axes
+        over_context = self.links.all_reduce(size, axes.context, axes.tensor)
+        return 2 * (over_context + self.links.all_reduce(size, axes.tensor, 1))
 
     def _into_and_out(self, size_bytes: float) -> float:
         """Of a part that `tensor` splits: all tokens are gathered, and the sums go to those that have them; or sums for
