@@ -61,8 +61,8 @@ def run_in(folder: Path, **changes) -> list[dict]:
 def test_apart_every_step_samples_from_the_weights_of_the_step_before_though_the_engine_dies(
     tmp_path, monkeypatch
 ):
-    """They come by broadcast, from two learners that hold the model together, into vLLM's own interface for them, in two
-    workers: and to the engine that samples the last step, which replaces one that was killed."""
+    """They come by broadcast, from two learners that hold the model together, into vLLM's own interface for them, in
+    two workers: and to the engine that samples the last step, which replaces one that was killed."""
     after, struck = Session.after, []
 
     def strike(self, step, *rest):
@@ -163,7 +163,7 @@ def test_colocated_an_engine_lies_on_its_learners_devices_and_a_killed_driver_le
         assert len(environs) >= 2
         for environ in environs:
             assert sorted(environ["CUDA_VISIBLE_DEVICES"].split(",")) == ["0", "1"]
-            assert environ["GOMP_SPINCOUNT"] == "2000"
+            assert (environ["GOMP_SPINCOUNT"], environ["OMP_NUM_THREADS"]) == ("2000", "1")
         wait_until("all processes of the run are gone", lambda: not alive(there), 30)
     for row, other in zip(trajectory(ours / "run")[:3], trajectory(inline / "run"), strict=True):
         assert row["reward/mean"] == other["reward/mean"] and row["version"] == other["version"]

@@ -216,7 +216,8 @@ class Cluster:
         """Start a worker whose methods run in so many threads; beside what it needs it uses these GPUs, which others
         hold. It is still being made when this returns; errors of that show in its first call."""
         log = self.logs / f"{name.replace(' ', '-')}.log"
-        environ = {"OMP_NUM_THREADS": str(int(need["CPU"]))}
+        # An engine of several devices takes cores for its own workers, each of which reads this.
+        environ = {"OMP_NUM_THREADS": str(self.placement.cpus)}
         if gpus:
             # Older versions of Ray hide all GPUs from a worker that holds none, unless they are told this.
             environ |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
