@@ -322,8 +322,11 @@ def test_colocated_refuses_lag_and_apart_other_roads(tmp_path):
         )
 
 
+SCRAMBLED = Path(__file__).parents[1] / "benchmarks" / "reward.py"
+"""Rewards that differ between all answers, so that every one of a random model's teaches something."""
 TINY = {
     "model.new": "{hidden_size: 32, layers: 1, heads: 2, kv_heads: 1, max_positions: 128}",
+    "reward.functions": f"[{{name: '{SCRAMBLED}:scrambled'}}]",
 }
 
 
@@ -335,6 +338,7 @@ def whole_recipe(name: str, folder: Path, **keys) -> list[dict]:
     assert [row["version"] for row in rows] == list(range(1, run.steps + 1))
     assert max(row["rollout/lag_max"] for row in rows) == run.sampling.max_lag > 0
     assert all("timing/non_overlap_rollout" in row for row in rows)
+    assert all(row["actor/updates"] == run.learner.updates_per_step and row["grad_norm"] > 0 for row in rows)
     assert (folder / "run" / "model" / "config.json").exists()
     return trajectory(folder / "run")
 
@@ -350,6 +354,9 @@ def test_sampler_and_trainer_of_the_decoupled_recipe_are_killed_without_loss(tmp
     """The run goes on with another sampler, and by the same command with other trainers."""
     keys = TINY | {"warmup": "null", "steps": 10, "sampling.max_answer_tokens": 48}
     whole = whole_recipe("decoupled", tmp_path, **keys)
+    assert max(row.get("actor/ratio_max", 1) for row in whole) > 1.001, (
+        "four updates on the same weights' answers"
+    )
     part = tmp_path / "part" / "run"
     command = ("train", RECIPES / "decoupled.yaml", *small(tmp_path / "part", **keys))
     driver = start(*command)
