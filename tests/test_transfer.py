@@ -53,6 +53,29 @@ def same(engine, model) -> None:
     assert answers(engine) == answers(EmbeddedEngine(model, 4))
 
 
+def ends_of(kind, files):
+    """A sender's and a receiver's end of a road."""
+    if kind != "broadcast":
+        road = files if kind == "files" else MemoryRoad()
+        return road, road
+    road, meeting = group()
+    end = BroadcastRoad(**meeting, rank=1, size=2, device=CPU, timeout_s=30)
+    with beside(road.connect):
+        end.connect()
+    return road, end
+
+
+@pytest.fixture
+def objects(monkeypatch):
+    """The road by Ray's memory, which is that of this process here: what Ray keeps cannot be changed."""
+    pytest.importorskip("ray")
+    from tandem.placement.cluster import objects, port
+
+    monkeypatch.setattr(port, "share", lambda tensors: {name: t.clone() for name, t in tensors.items()})
+    monkeypatch.setattr(port, "fetch", lambda shared: shared)
+    return objects
+
+
 @pytest.fixture
 def files():
     road = FilesRoad()
@@ -98,13 +121,7 @@ def test_a_weight_that_modules_share_travels_once(tied):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["memory", "files", "broadcast"])
 def test_the_engine_answers_with_the_weights_it_was_sent(kind, tied, files):
-    if kind == "broadcast":
-        road, meeting = group()
-        end = BroadcastRoad(**meeting, rank=1, size=2, device=CPU, timeout_s=30)
-        with beside(road.connect):
-            end.connect()
-    else:
-        road = end = files if kind == "files" else MemoryRoad()
+    road, end = ends_of(kind, files)
     engine = receiver(policy(0, tied=tied), end)
     for version in (1, 2):
         sender = policy(version, tied=tied)
@@ -127,11 +144,13 @@ def test_adapters_of_a_bfloat16_model_arrive_as_they_are(files):
     same(engine, sender)
 
 
-def test_an_adapter_travels_alone(files):
-    engine, sender = receiver(adapted(1), files), adapted(2)
-    offer = files.offer(1, ModelWeights(sender))
+@pytest.mark.parametrize("kind", ["memory", "files", "broadcast"])
+def test_an_adapter_travels_alone(kind, files):
+    road, end = ends_of(kind, files)
+    engine, sender = receiver(adapted(1), end), adapted(2)
+    offer = road.offer(1, ModelWeights(sender))
     assert offer.adapter and all("lora_" in name for name in names(offer.specs))
-    engine.update(offer)
+    send(road, engine, 1, ModelWeights(sender), verify=True)
     same(engine, sender)
 
 
@@ -187,6 +206,22 @@ def test_a_flipped_bit_in_a_file_is_refused_and_the_old_weights_stay(files, tmp_
     same(engine, sender)
 
 
+def test_a_flipped_bit_on_the_way_through_ray_is_refused_by_whoever_takes_it(objects):
+    """By the embedded engine, and by what sends the weights on to vLLM."""
+    road = objects.ObjectsRoad()
+    engine, sender = receiver(policy(0), road), policy(1)
+    offer = road.offer(1, ModelWeights(sender))
+    (part,) = (part for part in offer.place.parts if QUERY in part)
+    part[QUERY].view(torch.uint8)[0, 0] ^= 1
+    for take in (lambda: engine.update(offer), lambda: list(objects.ArrivedWeights(offer))):
+        with pytest.raises(RunError, match=rf"version 1 by road objects: tensor {QUERY} changed on the way"):
+            take()
+    same(engine, policy(0))
+    part[QUERY].view(torch.uint8)[0, 0] ^= 1
+    engine.update(offer)
+    same(engine, sender)
+
+
 @pytest.mark.parametrize("kind", ["files", "memory"])
 def test_a_tensor_that_never_comes_is_named(kind, files):
     road = files if kind == "files" else MemoryRoad()
@@ -196,9 +231,11 @@ def test_a_tensor_that_never_comes_is_named(kind, files):
     same(engine, policy(0))
 
 
-@pytest.mark.parametrize("kind", ["ipc", "broadcast", "broadcast by Ray"])
-def test_a_sender_whose_tensor_is_not_there_says_so_before_anyone_waits_for_it(kind):
+@pytest.mark.parametrize("kind", ["ipc", "objects", "broadcast", "broadcast by Ray"])
+def test_a_sender_whose_tensor_is_not_there_says_so_before_anyone_waits_for_it(kind, objects):
     match kind:
+        case "objects":
+            offer = partial(objects.ObjectsRoad().offer, 1)
         case "ipc":
             offer = partial(IpcRoad(CPU).offer, 1)
         case "broadcast":
