@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tandem.config import Run
 from tandem.config.sections import Model
@@ -50,7 +51,7 @@ def asked(folder: Path, name: str) -> Run:
 
 
 def bytes_of_each(rank: int, world: int, address: str, place: str) -> None:
-    """Writes `held.json`: for each layout, bytes by purpose of every process."""
+    """Writes `held.json`: for each layout, bytes by purpose and exchanges by kind of every process."""
     torch.set_num_threads(1)
     connect(rank, world, address, torch.device("cpu"), timeout_s=120)
     folder, found = Path(place), {}
@@ -59,7 +60,7 @@ def bytes_of_each(rank: int, world: int, address: str, place: str) -> None:
         grid = Grid(made.learner.layout, torch.device("cpu"), "learner.layout")
         actor = Actor(load_sharded(made.model, new_tokenizer(), grid), made)
         weights = list(actor.model.module.parameters())
-        with kept_for_backward(weights) as kept:
+        with kept_for_backward(weights) as kept, Counted() as counted:
             actor._accumulate(full_step(GROUPS, PROMPT, ANSWERS, ANSWER), 0.0)
         gradients = [local(weight.grad) for weight in weights if weight.grad is not None]
         actor.optimizer.step(actor.optimizer.gradient_norm())
@@ -71,10 +72,31 @@ def bytes_of_each(rank: int, world: int, address: str, place: str) -> None:
         }
         bytes_of = {part: sum(t.nbytes for t in tensors) for part, tensors in parts.items()}
         everyone: list[dict[str, int]] = [{}] * world
-        dist.all_gather_object(everyone, bytes_of | {"kept": kept.most})
+        dist.all_gather_object(everyone, bytes_of | {"kept": kept.most} | counted.exchanges)
         found[name] = everyone
     if rank == 0:
         (folder / "held.json").write_text(json.dumps(found))
+
+
+EXCHANGES = {
+    "gather": torch.ops.c10d._allgather_base_,
+    "scatter": torch.ops.c10d._reduce_scatter_base_,
+    "reduce": torch.ops.c10d.allreduce_,
+    "turn": torch.ops.c10d.alltoall_base_,
+}
+
+
+class Counted(TorchDispatchMode):
+    """The exchanges of this process, by kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exchanges = dict.fromkeys(EXCHANGES, 0)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for name, operation in EXCHANGES.items():
+            self.exchanges[name] += function.overloadpacket is operation
+        return function(*args, **(kwargs or {}))
 
 
 @dataclass(slots=True)

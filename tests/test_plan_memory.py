@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import reduce
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from parallel_ranks import launch
-from plan_ranks import ANSWER, ANSWERS, LAYOUTS, PROMPT, TIED, asked, bytes_of_each
+from plan_ranks import ANSWER, ANSWERS, EXCHANGES, LAYOUTS, PROMPT, TIED, asked, bytes_of_each
 from plan_runs import large, planned, trainer
 from small_recipe import recipe
 from tandem.config import load
@@ -26,13 +26,15 @@ from tandem.model.parallel.schedule import Schedule
 from tandem.train import footprint
 from tandem.train.plan import report, work
 from tandem.train.plan.axes import Axes, Rules
-from tandem.train.plan.device import assumed, find
+from tandem.train.plan.device import Cost, Exchanges, assumed, find
 from tandem.train.plan.engine import engines
 from tandem.train.plan.link import links
 from tandem.train.plan.plan import plan
 from tandem.train.plan.ranks import ranks_of
 from tandem.train.plan.request import lengths_of
 from tandem.train.plan.stages import Stages, stages_of
+from tandem.train.plan.training import Trainer
+from tandem.train.plan.work import Lengths
 from tiny_models import SHAPE
 
 ASKED = {
@@ -137,6 +139,29 @@ def test_what_a_layout_takes_is_what_each_of_its_processes_holds(held, name):
             passing = (footprint.LOGIT_COPIES - 1) * ANSWERS * ANSWER * shape.vocabulary * 4 * stages.last
             kept = made.update["activations"] + made.update["logits"] - passing
             assert kept == pytest.approx(rank["kept"], rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["shard", "replicate", "tensor", "context", "pipeline"])
+def test_the_exchanges_that_are_counted_are_those_that_processes_make(held, name):
+    """Where one of its kind takes a second and nothing else takes any time, the seconds are their number."""
+    folder, found = held
+    run = asked(folder, name)
+    shape, layout = footprint.shape_of(run.model, None), run.learner.layout
+    bare = Exchanges(**{kind.name: Cost(message_s=0.0, rate=math.inf) for kind in fields(Exchanges)})
+    for kind in EXCHANGES:
+        one = replace(bare, **{kind: Cost(message_s=1.0, rate=math.inf)})
+        rates = replace(assumed(find("h200"), "fp32"), bandwidth=math.inf, exchanges=one)
+        made = Trainer(
+            run=run,
+            shape=shape,
+            lengths=Lengths(prompt=PROMPT, answer=ANSWER, longest_prompt=PROMPT, longest_answer=ANSWER),
+            axes=Axes.of(layout, 2),
+            rates=rates,
+            links=links(rates, 2, 2),
+            layout=layout,
+            optimizer=run.learner.optimizer,
+        ).update()
+        assert [made.exposed] * 2 == pytest.approx([rank[kind] for rank in found[name]]), kind
 
 
 @pytest.mark.parametrize("tied", [False, True])

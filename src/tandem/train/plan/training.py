@@ -191,9 +191,11 @@ class Trainer:
         return seconds + self._layers * move(0.0, axes.cut, axes.tensor)
 
     def _between(self) -> float:
-        """Seconds to sum gradients between the copies, once per update."""
+        """Seconds to sum gradients between the copies, once per update, layer by layer and then the rest."""
         axes, trained = self.axes, held(self.shape, self._most)[1]
-        return self.links.all_reduce(trained * FLOAT, axes.replicate, axes.tensor * axes.cut)
+        stride = axes.tensor * axes.cut
+        messages = self._layers * self.links.all_reduce(0.0, axes.replicate, stride)
+        return self.links.all_reduce(trained * FLOAT, axes.replicate, stride) + messages
 
     def _optimizer(self) -> float:
         trained = held(self.shape, self._most)[1]
