@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +58,10 @@ def quiet(line: str) -> None:
     pass
 
 
+def tokens(folder: Path) -> list[int]:
+    return AutoTokenizer.from_pretrained(folder).encode("12+30?")
+
+
 @pytest.mark.parametrize(("name", "layout", "title"), TRIPS, ids=lambda v: v if isinstance(v, str) else "")
 def test_there_and_back_is_byte_equal(folders, tmp_path, name, layout, title):
     there = convert(folders[name], tmp_path / "megatron", "megatron", **layout, say=quiet)
@@ -68,13 +73,22 @@ def test_there_and_back_is_byte_equal(folders, tmp_path, name, layout, title):
 
 
 @pytest.mark.parametrize(
-    ("first", "second"),
-    [("tp2", "pp2"), ("pp2", "tp4"), ("virtual", "uneven"), ("padded", "engine"), ("tp4", "tp2pp2")],
+    ("name", "first", "second"),
+    [
+        ("qwen2_tied", "tp2", "pp2"),
+        ("qwen2_tied", "pp2", "tp4"),
+        ("qwen2_tied", "virtual", "uneven"),
+        ("qwen2_tied", "padded", "engine"),
+        ("qwen2_tied", "tp4", "tp2pp2"),
+        ("llama", "tp2", "virtual"),
+        ("reward", "pp2", "tp2pp2"),
+    ],
 )
-def test_another_megatron_layout_equals_the_direct_conversion(folders, tmp_path, first, second):
-    source = convert(folders["qwen2_tied"], tmp_path / "first", "megatron", **LAYOUTS[first], say=quiet)
+def test_another_megatron_layout_equals_the_direct_conversion(folders, tmp_path, name, first, second):
+    source = convert(folders[name], tmp_path / "first", "megatron", **LAYOUTS[first], say=quiet)
     other = convert(source, tmp_path / "other", "megatron", **LAYOUTS[second], say=quiet)
-    direct = convert(folders["qwen2_tied"], tmp_path / "direct", "megatron", **LAYOUTS[second], say=quiet)
+    direct = convert(folders[name], tmp_path / "direct", "megatron", **LAYOUTS[second], say=quiet)
+    assert tokens(other) == tokens(folders[name]), "the tokenizer comes along"
     files = sorted(path.relative_to(direct) for path in direct.rglob("*.pt"))
     assert files == sorted(path.relative_to(other) for path in other.rglob("*.pt"))
     for file in files:
