@@ -258,8 +258,9 @@ def on_one_host(run: Run, need: Memory) -> tuple[int, str]:
         return need.peak + away, ""
     if place.kind == "colocated":
         pairs = place.learners * (need.peak + away)
+        beside = "an engine" if run.engine.tensor_parallel == 1 else "its share of an engine"
         whose = (
-            several(place.learners, "pair") + " of a learner and an engine, as if on one machine; of each: "
+            f"{several(place.learners, 'pair')} of a learner and {beside}, as if on one machine; of each: "
         )
         return pairs, whose
     apart = place.learners * (need.learner + away) + place.engines * need.engine
