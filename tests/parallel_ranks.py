@@ -117,6 +117,10 @@ CASES = {
         "shard, gradients and optimizer on the host": Case(
             layout={"offload_gradients": True}, optimizer={"offload": True}
         ),
+        "sequence, weights on the host": Case(layout={"tensor": 2, "offload_parameters": True}),
+        "shard lora, all on the host": Case(
+            layout={"offload_parameters": True}, lora=True, optimizer={"offload": True}
+        ),
         "shard, clipped": Case(layout={}, optimizer={"clip_grad": 0.05}),
     },
 }
@@ -178,6 +182,7 @@ def everything(rank: int, world: int, address: str, place: str) -> None:
     if world == 4:
         for name, case in SAVED.items():
             save_and_go_on(case, folder, folder / f"saved {name}", rank)
+        reads_at_most(0.27, Case(layout={"tensor": 2}, family="qwen2_untied"), folder)
     else:
         for name, case in SAVED.items():
             for layout, sizes in RESUMED.items():
@@ -285,11 +290,11 @@ def slices_only(folder: Path) -> None:
 
 
 def reads_at_most(share: float, case: Case, folder: Path) -> None:
-    """Of the bytes of its folder, and not much less than half of them."""
+    """Of the bytes of its folder, and not much less."""
     total = weight_bytes(folder / case.family)
     with counted_reads() as counted:
         spread(case, folder)
-    assert 0.45 * total < counted.read <= share * total, (case, counted.read / total)
+    assert 0.8 * share * total < counted.read <= share * total, (case, counted.read / total)
 
 
 def weights_in_pickles_are_refused(folder: Path) -> None:
