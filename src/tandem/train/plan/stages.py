@@ -1,6 +1,7 @@
 """What of a model each process of a pipeline has."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tandem.train.plan.axes import ALONE, Axes
 
@@ -37,19 +38,21 @@ class Stages:
         return passes * self.layers / chunks
 
 
-def stages_of(axes: Axes, layers: int) -> list[Stages]:
+@lru_cache(maxsize=64)
+def stages_of(axes: Axes, layers: int) -> tuple[Stages, ...]:
     """Of each process of the pipeline, for a model with so many layers."""
     count = axes.pipeline * axes.pipeline_chunks
     counts = axes.pipeline_layers or [layers // count + (s < layers % count) for s in range(count)]
-    return [
+    return tuple(
         Stages(axes=axes, rank=rank, layers=sum(counts[rank :: axes.pipeline]))
         for rank in range(axes.pipeline)
-    ]
+    )
 
 
-def fullest_of(axes: Axes, layers: int) -> list[Stages]:
+@lru_cache(maxsize=64)
+def fullest_of(axes: Axes, layers: int) -> tuple[Stages, ...]:
     """Of these, the ones that can take most: both ends, and of those between with equally many layers the foremost,
     which keeps the most activations."""
     every = stages_of(axes, layers)
     between = {stages.layers: stages for stages in reversed(every[1:-1])}
-    return list({stages.rank: stages for stages in (every[0], *between.values(), every[-1])}.values())
+    return tuple({stages.rank: stages for stages in (every[0], *between.values(), every[-1])}.values())

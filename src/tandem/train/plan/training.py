@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from tandem.config.layout import Layout
 from tandem.config.run import Run
@@ -44,7 +45,7 @@ class Pass:
         return self.layers + max(0.0, self.weights - beside)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Trainer:
     """A model on the learners of a run, in one layout."""
 
@@ -98,7 +99,7 @@ class Trainer:
             moving += parts * self._scattering()
         between = self._between() if learns else 0.0
         if self.layout.offload_parameters:
-            between += parts * gathers * held(self.shape, self._most)[0] * self._word / self.rates.host
+            between += parts * gathers * self._held[0] * self._word / self.rates.host
         if self.rates.exchanges is not None:
             joining, moving = joining + moving, 0.0
         # While the first micro-batch comes and the last one goes, the others' stages are at work. Interleaved stages
@@ -118,12 +119,17 @@ class Trainer:
     def _word(self) -> int:
         return DTYPES[self.run.model.dtype].itemsize
 
-    @property
+    @cached_property
     def _most(self) -> Stages:
         """Those of the process that has the most weights."""
         return max(fullest_of(self.axes, self.shape.layers), key=lambda stages: held(self.shape, stages)[0])
 
-    @property
+    @cached_property
+    def _held(self) -> tuple[int, int]:
+        """Weights on that process, and trained ones among them."""
+        return held(self.shape, self._most)
+
+    @cached_property
     def _layers(self) -> int:
         """Of the process that has the most."""
         return max(stages.layers for stages in fullest_of(self.axes, self.shape.layers))
@@ -167,11 +173,11 @@ class Trainer:
 
     def _gathering(self) -> float:
         """Seconds to gather what each process holds of a stage, layer by layer and then the rest."""
-        return self._moving(held(self.shape, self._most)[0], self._word, self.links.all_gather)
+        return self._moving(self._held[0], self._word, self.links.all_gather)
 
     def _scattering(self) -> float:
         """Seconds to sum gradients within the shards, in float32."""
-        return self._moving(held(self.shape, self._most)[1], FLOAT, self.links.reduce_scatter)
+        return self._moving(self._held[1], FLOAT, self.links.reduce_scatter)
 
     def _moving(self, held_here: int, word: int, move: Callable[[float, int, int], float]) -> float:
         axes, shape = self.axes, self.shape
@@ -192,13 +198,13 @@ class Trainer:
 
     def _between(self) -> float:
         """Seconds to sum gradients between the copies, once per update, layer by layer and then the rest."""
-        axes, trained = self.axes, held(self.shape, self._most)[1]
+        axes, trained = self.axes, self._held[1]
         stride = axes.tensor * axes.cut
         messages = self._layers * self.links.all_reduce(0.0, axes.replicate, stride)
         return self.links.all_reduce(trained * FLOAT, axes.replicate, stride) + messages
 
     def _optimizer(self) -> float:
-        trained = held(self.shape, self._most)[1]
+        trained = self._held[1]
         assert self.optimizer is not None
         rate = self.rates.host if self.optimizer.offload else self.rates.bandwidth
         return trained * OPTIMIZER_BYTES / rate
