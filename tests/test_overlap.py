@@ -174,6 +174,46 @@ def test_a_call_has_its_time_from_the_end_of_the_one_before(monkeypatch):
         learners.finish(slow[1])
 
 
+@pytest.mark.parametrize(("hanging", "said"), [
+    ({0}, r"learner 1 failed in `update`: Timed out\nstill without an answer: learner 0\nA lost learner ends"),
+    ({0, 1}, r"learner 0 and learner 1 did not finish `update` within 3600 s"),
+], ids=["neighbour", "both"])  # fmt: skip
+def test_a_learner_that_hangs_is_named_whoever_is_the_first_to_fail(monkeypatch, hanging, said):
+    """What learners do together may fail long before the time of a call is up, and first where nothing hangs."""
+    room = pytest.importorskip("tandem.placement.cluster.learners")
+    clock = [0.0]
+
+    class Call:
+        def __init__(self, worker, method: str) -> None:
+            self.worker, self.method = worker, method
+
+        def result(self, timeout_s: float) -> None:
+            raise room.WorkerLost(f"{self.worker} failed in `{self.method}`: Timed out")
+
+    class Worker:
+        log = Path("its log")
+
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def __str__(self) -> str:
+            return f"learner {self.rank}"
+
+        def call(self, method: str) -> Call:
+            return Call(self, method)
+
+    def first_done(calls, timeout_s):
+        done = [call for call in calls if call.worker.rank not in hanging]
+        clock[0] += 0.0 if done else timeout_s
+        return done
+
+    monkeypatch.setattr(room.port, "first_done", first_done)
+    monkeypatch.setattr(room.time, "monotonic", lambda: clock[0])
+    own = run().model_copy(update={"placement": Placement(kind="apart", learner_timeout_s=3600)})
+    with pytest.raises(RunError, match=f"^{said}"):
+        room.Learners([Worker(0), Worker(1)], own, room.time.sleep).call("update")
+
+
 def test_what_was_not_begun_is_computed_and_nothing_is_left_over(beside):
     """Groups that others stand in the place of, as after a checkpoint."""
     stream, reference, learners = beside

@@ -127,9 +127,9 @@ class Learners:
     def _first_done(self, waiting: list[port.Call], timeout_s: float, deadline: float) -> list[port.Call]:
         done = port.first_done(waiting, max(0.0, deadline - time.monotonic()))
         if not done:
-            worker, method = waiting[0].worker, waiting[0].method
-            said = f"{worker} did not finish `{method}` within {timeout_s:g} s{port.last_words(worker.log)}"
-            raise self._end(said)
+            first = waiting[0]
+            said = f"{names(waiting)} did not finish `{first.method}` within {timeout_s:g} s"
+            raise self._end(said + port.last_words(first.worker.log))
         return done
 
     def _results(self, calls: list[port.Call], timeout_s: float) -> list[Any]:
@@ -145,7 +145,8 @@ class Learners:
         return [values[call] for call in calls]
 
     def _root_cause(self, error: RunError, others: Sequence[port.Call]) -> RunError:
-        """A process that is gone explains the broken connections of the others, and not the reverse."""
+        """A process that is gone explains the broken connections of the others, and not the reverse. So does one that
+        hangs, which is still without an answer when theirs time out."""
         found = [error]
         deadline = time.monotonic() + (ROOT_CAUSE_S if isinstance(error, WorkerLost) else 0)
         while others and time.monotonic() < deadline:
@@ -157,10 +158,17 @@ class Learners:
                     found.append(another)
         first = next((e for e in found if not isinstance(e, WorkerLost)), None)
         first = first or next((e for e in found if " died during " in str(e)), error)
-        return self._end(first) if isinstance(first, WorkerLost) else first
+        if not isinstance(first, WorkerLost):
+            return first
+        return self._end(f"{first}\nstill without an answer: {names(others)}" if others else first)
 
     def _end(self, lost: object) -> RunError:
         return learner_lost(lost, self.run.run_dir)
+
+
+def names(calls: Sequence[port.Call]) -> str:
+    """Of those that work on these calls."""
+    return " and ".join(str(call.worker) for call in calls)
 
 
 class RemoteActor(Policy):
