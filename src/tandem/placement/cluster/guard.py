@@ -4,6 +4,7 @@ Ray's own processes die with the driver that started them, but for helpers that 
 first. The guard reads their names from a pipe; when the pipe closes, the driver is gone.
 """
 
+import logging
 import os
 import shutil
 import signal
@@ -12,6 +13,11 @@ import sys
 from pathlib import Path
 
 import psutil
+
+log = logging.getLogger("tandem.cluster")
+
+CLOSE_S = 10.0
+"""Longest wait for the guard to end; it has nothing to do then."""
 
 
 class Guard:
@@ -39,7 +45,14 @@ class Guard:
         self._say("forget")
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait()
+        try:
+            self._process.wait(CLOSE_S)
+        except subprocess.TimeoutExpired:
+            log.warning(
+                "the guard, process %d, did not end within %g s; it is killed", self._process.pid, CLOSE_S
+            )
+            self._process.kill()
+            self._process.wait(CLOSE_S)
 
     def _say(self, line: str) -> None:
         assert self._process.stdin is not None

@@ -71,8 +71,6 @@ LOST = (
     exceptions.OutOfMemoryError,
 )
 OWN = (ConfigError, DataError, RunError)
-
-
 BESIDE = "beside"
 
 
@@ -236,7 +234,11 @@ class Cluster:
             )
             .remote(str(log), *arguments)
         )
-        return Worker(actor, name, log)
+        worker = Worker(actor, name, log)
+        if node := nodes_of(group)[index]:
+            # More is known when the worker tells it, which one that breaks while it is made never does.
+            worker.place = f"node {node[:8]}"
+        return worker
 
     def close(self) -> None:
         shutdown()
