@@ -194,12 +194,12 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     assert shorter.exit_code == 0 and "is finished: 4 of 3 steps" in shorter.output
     (tmp_path / "run" / "summary.json").unlink()
     assert "has 4 steps done, more than steps=3; set steps=4" in call("train", path, "steps=3").stderr
-    assert "4 steps in" in call("train", path).output, (
+    assert "0 steps after the first 4 in" in call("train", path).output, (
         "what may be older than the last step is exported again"
     )
 
     longer = call("train", path, "steps=5")
-    assert "going on from" in longer.output and "5 steps in" in longer.output
+    assert "going on from" in longer.output and "1 step after the first 4 in" in longer.output
     other = call("train", path, "steps=5", "seed=1")
     assert other.exit_code == 2 and "seed: 0 -> 1" in other.stderr
     fresh = call("train", path, "seed=1", "--fresh")

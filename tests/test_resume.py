@@ -198,7 +198,7 @@ def test_a_resumed_run_has_no_answers_from_before_training(adding_folder, make_r
     later = make_run(adding_folder, steps=2, eval={"every": 1, "questions": 2})
     train(later, replace(quiet, console=Console(file=out, width=100)))
     said = out.getvalue()
-    assert "1 steps after the first 1 in" in said and "before" not in said.partition("Sample answers")[2]
+    assert "1 step after the first 1 in" in said and "before" not in said.partition("Sample answers")[2]
 
 
 def test_fresh_sets_the_earlier_run_aside(adding_folder, make_run, quiet):

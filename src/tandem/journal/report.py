@@ -115,7 +115,8 @@ class Summary:
         """The last words on the console: what came of it, where it lies, what to try next."""
         warmup = f", {_clock(self.warmup_seconds)} of it warm-up" if self.warmup_seconds else ""
         before = f" after the first {self.began}" if self.began else ""
-        lines = [f"{self.steps - self.began} steps{before} in {_clock(self.seconds)}{warmup}."]
+        done = self.steps - self.began
+        lines = [f"{done} step{'s' * (done != 1)}{before} in {_clock(self.seconds)}{warmup}."]
         lines += [
             f"  {label}: {self.start[name]:.3f} -> {self.end[name]:.3f}"
             for name, label in _FIGURES.items()

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,8 +84,10 @@ def train(run: Run, launch: Launch) -> Summary:
         try:
             session.save()
         except RunError:
-            # The model needs less room on the disk than all that a checkpoint has.
-            finish(run, launch, session, time.monotonic() - began)
+            # The model needs less room on the disk than all that a checkpoint has; if it has none either, the
+            # checkpoint's error is the one to read.
+            with suppress(RunError, OSError):
+                finish(run, launch, session, time.monotonic() - began)
             raise
         return finish(run, launch, session, time.monotonic() - began)
 
