@@ -24,6 +24,7 @@ import torch
 from shape import Shape, small
 
 from tandem.config.sections import Model
+from tandem.device import set_threads
 from tandem.engine.probe import probe_of
 from tandem.engine.receiver import ReceivingEngine
 from tandem.engine.roads import BroadcastRoad, FilesRoad, MemoryRoad
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="transfers of each kind, alternating")
     parser.add_argument("--out", help="folder of the results; benchmarks/results unless given")
     args = parser.parse_args()
-    args.device, args.threads = "cpu", torch.get_num_threads()
+    args.device, args.threads = "cpu", set_threads(None)
     shape: Shape = small(args.hidden, args.layers, args.vocab)
     with tempfile.TemporaryDirectory() as folder:
         shape.write(Path(folder))

@@ -141,9 +141,11 @@ def checksum(tensor: Tensor) -> int:
     total = (tail_C * (2 * cut + odd_C[: len(tail_C)])).sum()
     # Word c of row r has place r * WIDTH + c, so sums of the rows and of the columns are enough.
     words_RC, column_C = words_N[:cut].view(-1, WIDTH), torch.zeros_like(odd_C)
-    rows = ROWS if device.type == "cpu" else MORE * ROWS
-    for start in range(0, len(words_RC), rows):
-        part_RC = words_RC[start : start + rows].long()
+    rows = min(len(words_RC), ROWS if device.type == "cpu" else MORE * ROWS)
+    room_RC = torch.empty(rows, WIDTH, dtype=torch.int64, device=device)
+    for start in range(0, len(words_RC), max(1, rows)):
+        words = words_RC[start : start + rows]
+        part_RC = room_RC[: len(words)].copy_(words)
         column_C += part_RC.sum(0)
         row_R = torch.arange(start, start + len(part_RC), device=device)
         total += 2 * WIDTH * (part_RC.sum(1) * row_R).sum()
