@@ -64,7 +64,7 @@ def train(run: Run, launch: Launch) -> Summary:
     with ExitStack() as stack:
         stack.enter_context(lock(folder))
         interruption = stack.enter_context(Interruption())
-        if launch.fresh or ((folder / EXPORTED).is_dir() and newest(folder / "checkpoints") is None):
+        if launch.fresh:
             set_aside(folder, launch.console)
         began = time.monotonic()
         session = prepare(run, launch, stack, interruption)
@@ -96,6 +96,8 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
     """Everything that can be wrong is found here, the cheap before the slow; then the policy is warmed up."""
     folder, console = Path(run.run_dir), launch.console
     resume = newest(folder / "checkpoints")
+    if resume is None and (folder / EXPORTED).is_dir():
+        set_aside(folder, console)
     step = 0
     if resume is not None:
         check_same(run, resume, launch)

@@ -21,6 +21,7 @@ from tandem.model.parallel.load import kind_of
 from tandem.model.parallel.model import ShardedModel
 from tandem.train import footprint
 from tandem.train.footprint import Shape
+from tandem.train.memory import several
 from tandem.train.plan.device import Rates
 from tandem.train.plan.work import Lengths, Tokens, decoding, forward, update
 from tandem.train.profile import measure_rates
@@ -62,9 +63,7 @@ def measured(run: Run, lengths: Lengths, threads: int | None, grid: Grid | None 
     small = shortened(shape, layers)
     model = short_model(run, layers)
     engine = replace(common, **engine_rates(run, model, small, lengths, common))
-    origin = (
-        f"measured on this machine with {threads} threads on {layers} of the model's {shape.layers} layers"
-    )
+    origin = f"measured on this machine with {several(threads, 'thread')} on {layers} of the model's {shape.layers} layers"
     learner = (
         model if grid is None else kind_of(grid)(model.network, model.tokenizer, model.source, grid, "grid")
     )
