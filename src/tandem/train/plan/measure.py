@@ -63,7 +63,8 @@ def measured(run: Run, lengths: Lengths, threads: int | None, grid: Grid | None 
     small = shortened(shape, layers)
     model = short_model(run, layers)
     engine = replace(common, **engine_rates(run, model, small, lengths, common))
-    origin = f"measured on this machine with {several(threads, 'thread')} on {layers} of the model's {shape.layers} layers"
+    part = f"{layers} of the model's {shape.layers} layers"
+    origin = f"measured on this machine with {several(threads, 'thread')} on {part}"
     learner = (
         model if grid is None else kind_of(grid)(model.network, model.tokenizer, model.source, grid, "grid")
     )
