@@ -14,7 +14,9 @@ import torch.distributed as dist
 from plan_ranks import full_step
 from tandem.config import load
 from tandem.config.layout import Layout
+from tandem.config.run import Run
 from tandem.device import set_threads
+from tandem.learner import Actor
 from tandem.model.new import new_tokenizer
 from tandem.model.parallel.grid import Grid, connect
 from tandem.model.parallel.load import load_sharded
@@ -30,31 +32,43 @@ TIMED: dict[str, dict[str, Any]] = {
 GROUPS, PROMPT, ANSWERS, ANSWER = 4, 48, 8, 64
 
 
+ROUNDS = 6
+
+
 def seconds_of_each(rank: int, world: int, address: str, place: str) -> None:
-    """Writes `seconds.json`: for each layout those of the two phases."""
+    """Writes `seconds.json`: for each layout the median seconds of the two phases. Layouts take turns, so that a slow
+    minute of the machine hits all of them; the first round does not count."""
     connect(rank, world, address, torch.device("cpu"), timeout_s=120)
-    folder, found = Path(place), {}
+    folder = Path(place)
     run = load(folder / "small.yaml")
     set_threads(run.placement.cpus)
     part = full_step(GROUPS, PROMPT, ANSWERS, ANSWER)
-    for name, sizes in TIMED.items():
-        grid = Grid(Layout(**sizes), torch.device("cpu"), "learner.layout")
-        actor = actor_of(run, load_sharded(run.model, new_tokenizer(), grid))
-        found[name] = {
-            "update": together(partial(actor.update, [part], 0.0)),
-            "old log-probs": together(partial(actor.logprobs, part)),
+    actors = {name: actor(run, sizes) for name, sizes in TIMED.items()}
+    rounds = [
+        {
+            f"{name}, {phase}": until_all_have(act)
+            for name, actor in actors.items()
+            for phase, act in (
+                ("update", partial(actor.update, [part], 0.0)),
+                ("old log-probs", partial(actor.logprobs, part)),
+            )
         }
+        for _ in range(ROUNDS + 1)
+    ]
     if rank == 0:
+        found = {key: median(each[key] for each in rounds[1:]) for key in rounds[0]}
         (folder / "seconds.json").write_text(json.dumps(found))
 
 
-def together(act: Callable[[], object]) -> float:
-    """Seconds until all have done it, the median of a few after one that does not count."""
-    rounds = []
-    for _ in range(6):
-        dist.barrier()
-        began = time.perf_counter()
-        act()
-        dist.barrier()
-        rounds.append(time.perf_counter() - began)
-    return median(rounds[1:])
+def actor(run: Run, sizes: dict[str, Any]) -> Actor:
+    grid = Grid(Layout(**sizes), torch.device("cpu"), "learner.layout")
+    return actor_of(run, load_sharded(run.model, new_tokenizer(), grid))
+
+
+def until_all_have(act: Callable[[], object]) -> float:
+    """Seconds until all processes have done it."""
+    dist.barrier()
+    began = time.perf_counter()
+    act()
+    dist.barrier()
+    return time.perf_counter() - began

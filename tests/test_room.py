@@ -123,3 +123,12 @@ def test_a_guard_that_hangs_keeps_no_run_from_its_end(monkeypatch, caplog):
     hung._process.kill()
     closing.join()
     assert ended and f"the guard, process {hung._process.pid}, did not end" in caplog.text
+
+
+def test_a_run_goes_on_without_a_guard_that_is_gone(tmp_path, caplog):
+    gone = guard.Guard()
+    gone._process.kill()
+    gone._process.wait()
+    gone.remove(tmp_path)
+    gone.close()
+    assert f"the guard, process {gone._process.pid}, is gone" in caplog.text

@@ -28,7 +28,7 @@ class Guard:
             [sys.executable, "-m", "tandem.placement.cluster.guard"],
             stdin=subprocess.PIPE,
             start_new_session=True,
-            text=True,
+            bufsize=0,
         )
 
     def watch(self) -> None:
@@ -56,8 +56,13 @@ class Guard:
 
     def _say(self, line: str) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(f"{line}\n".encode())
+        except BrokenPipeError:
+            log.warning(
+                "the guard, process %d, is gone; if this process is killed, others of the run may outlive it",
+                self._process.pid,
+            )
 
 
 def created(pid: int) -> float:
