@@ -135,6 +135,19 @@ def test_an_adapter_does_not_go_to_vllm_by_broadcast(tmp_path):
     assert {"engine.kind", "engine.transfer"} <= holds(tmp_path / "small.yaml", given, made)
 
 
+@pytest.mark.parametrize("special", [["engine.transfer=ipc"], ["placement.gpus=2"], ["model.lora={rank: 4}"]])
+def test_keys_lay_wide_engines_on_the_learners_devices(tmp_path, special):
+    """Each on those of learners with a device each, whatever the recipe's place for vLLM is."""
+    given = ["engine.kind=vllm", "placement.kind=colocated", *special]
+    made = planned(large(tmp_path, "dense", *given), "h200", 16, top=10**6)
+    wide = [offer for offer in made.offers if not offer.samplers and offer.engine.tensor > 1]
+    made.offers = [*wide[:: 1 + len(wide) // 6], *wide[-1:]]
+    assert made.offers
+    seen = holds(tmp_path / "small.yaml", given, made)
+    assert {"placement.learners", "placement.engines", "engine.tensor_parallel"} <= seen
+    assert ("placement.gpus" in seen) == (special == ["placement.gpus=2"])
+
+
 @pytest.mark.parametrize("count", [1, 16])
 @pytest.mark.parametrize("name", ["quickstart", "node", "cluster", "decoupled"])
 def test_keys_of_the_recipes_give_the_layout_that_was_offered(tmp_path, name, count):

@@ -79,7 +79,7 @@ def test_the_engines_cache_is_what_it_allocates(tmp_path, monkeypatch, asked, co
         Rules(model.network.config, 0, 8),
         1e9,
         whole=True,
-        apart=False,
+        samplers=0,
     )
     engine = next(found)
     assert engine.slots == room.slots
@@ -96,7 +96,7 @@ def test_where_memory_is_short_the_cache_has_the_slots_that_the_engine_takes(tmp
     for answers in (1.5, 5.5, 9.0):
         free = answers * (32 * token + footprint.drawing(run, shape))
         engine = next(
-            engines(run, shape, lengths, rates, links(rates, 1, 1), rules, free, whole=True, apart=False)
+            engines(run, shape, lengths, rates, links(rates, 1, 1), rules, free, whole=True, samplers=0)
         )
         assert engine.slots == int(answers)
         # As if the logits had been there already.

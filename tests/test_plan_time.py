@@ -148,7 +148,7 @@ def test_decoding_reads_weights_once_a_step_and_the_longest_answer_sets_the_step
         rules,
         120e9,
         whole=False,
-        apart=True,
+        samplers=8,
     )
     seconds = {e.tensor: e.seconds for e in found if isinstance(e, Engine)}
     assert list(seconds) == [2, 4, 8] and seconds[8] < seconds[2]

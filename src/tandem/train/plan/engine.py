@@ -49,18 +49,20 @@ def engines(
     free: float,
     *,
     whole: bool,
-    apart: bool,
+    samplers: int,
 ) -> Iterator[Engine | float]:
     """The engines that fit into `free` bytes of each device, and the bytes that others lack. `whole`: each
-    device holds all weights already, so an engine on it can use them. `apart`: the devices are the engines' alone."""
-    # Beside a learner on its device an engine stands alone: only those apart are spread over several. These are
-    # vLLM's, which reads the base of an adapter from its folder.
-    spread = apart and (run.model.lora is None or run.model.path is not None)
-    for tensor in divisors(links.count) if spread else [1]:
-        if rules.serves(tensor):
-            keys = min(tensor, rules.config.num_key_value_heads)
+    device holds all weights already, so an engine on it can use them. `samplers`: devices that are the engines'
+    alone; 0 where they lie on those of the learners, which are all."""
+    devices = samplers or links.count
+    # Engines on several devices are vLLM's, which reads the base of an adapter from its folder.
+    based = run.model.lora is None or run.model.path is not None
+    spread = based and (samplers > 0 or run.engine.kind == "vllm")
+    for tensor in divisors(devices) if spread else [1]:
+        if rules.serves(tensor) and links.hold(devices // tensor, tensor):
+            split = (tensor, min(tensor, rules.config.num_key_value_heads))
             copied = not (whole and tensor == 1)
-            yield _engine(run, shape, lengths, rates, links, (tensor, keys), free, copied=copied)
+            yield _engine(run, shape, lengths, rates, links, devices, split, free, copied=copied)
 
 
 def _engine(
@@ -69,15 +71,17 @@ def _engine(
     lengths: Lengths,
     rates: Rates,
     links: Links,
+    devices: int,
     split: tuple[int, int],
     free: float,
     *,
     copied: bool,
 ) -> Engine | float:
-    """The engine; or the bytes that are missing for a single answer. `split`: parts of the weights, of the cache."""
+    """The engine; or the bytes that are missing for a single answer. `devices`: of all engines. `split`: parts of the
+    weights, of the cache."""
     tensor, keys = split
     word = DTYPES[run.model.dtype].itemsize
-    count = links.count // tensor
+    count = devices // tensor
     answers = -(-run.rollouts_per_step // count)
     on_host = not rates.host_memory and lays_out(run, min(run.sampling.slots, answers))
     weights = (copied + on_host) * shape.parameters * word / tensor

@@ -18,7 +18,7 @@ def changes(run: Run, offer: Offer, usable: float) -> dict[str, Any]:
     """By key, the values that an offer needs and the recipe has not; of a device so many bytes are used."""
     kind = kind_of(offer)
     wanted = {
-        **placement_keys(offer, kind),
+        **placement_keys(run, offer, kind),
         **sampling_keys(run, kind),
         **engine_keys(run, offer, kind, usable),
         **learner_keys(run, offer, kind),
@@ -35,14 +35,18 @@ def kind_of(offer: Offer) -> str:
     return "colocated" if offer.axes.world > 1 or offer.variant.run.learner.sleep else "inline"
 
 
-def placement_keys(offer: Offer, kind: str) -> dict[str, Any]:
+def placement_keys(run: Run, offer: Offer, kind: str) -> dict[str, Any]:
     if kind == "inline":
         return {f"placement.{name}": info.default for name, info in Placement.model_fields.items()}
-    return {
+    found: dict[str, Any] = {
         "placement.kind": kind,
         "placement.learners": offer.axes.world,
         "placement.engines": offer.engine.count,
     }
+    if kind == "colocated" and offer.engine.tensor > 1 and run.placement.gpus not in (None, 0, 1):
+        # Such an engine lies on learners with one each.
+        found["placement.gpus"] = 1
+    return found
 
 
 def sampling_keys(run: Run, kind: str) -> dict[str, Any]:

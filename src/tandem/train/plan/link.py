@@ -24,6 +24,11 @@ class Links:
     def _measured(self, size: int, stride: int) -> Exchanges | None:
         return self.exchanges if size * stride <= self.per_node else None
 
+    def hold(self, groups: int, size: int) -> bool:
+        """Whether so many groups of `size` devices each find a node for all of them."""
+        nodes, rest = divmod(self.count, self.per_node)
+        return groups <= nodes * (self.per_node // size) + rest // size
+
     def rate(self, size: int, stride: int) -> float:
         """Bytes per second that each member sends. Between nodes the members in one node share their network cards,
         which each have a part of."""

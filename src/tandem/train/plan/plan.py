@@ -271,7 +271,7 @@ class Search:
         trainer = self._trainer(run, self.plan.shape, axes, learner.layout, learner.optimizer)
         actor = replace(load.own, passes=policy_passes(trainer))
         places = {"actor": actor, **self._others(variant, axes.world)}
-        moving = {"transfer": trainer.transfer(engine.tensor) if engine.copied else 0.0}
+        moving = {"transfer": trainer.transfer() if engine.copied else 0.0}
         if load.asleep:
             moving["sleep and wake"] = 2 * load.asleep / self.plan.rates.host
         learning = sum(one.seconds for place in places.values() for one in place.passes.values())
@@ -334,18 +334,17 @@ class Search:
         key = (samplers, int(free), whole)
         if key not in self._engines:
             made = self.plan
-            place = replace(self._all, count=samplers) if samplers else self._all
             found = list(
                 engines(
                     made.run,
                     made.shape,
                     made.lengths,
                     made.rates,
-                    place,
+                    self._all,
                     self.rules,
                     free,
                     whole=whole,
-                    apart=samplers > 0,
+                    samplers=samplers,
                 )
             )
             fitting = [e for e in found if isinstance(e, Engine)]

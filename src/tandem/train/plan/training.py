@@ -209,9 +209,10 @@ class Trainer:
         rate = self.rates.host if self.optimizer.offload else self.rates.bandwidth
         return trained * OPTIMIZER_BYTES / rate
 
-    def transfer(self, engine_tensor: int) -> float:
-        """Weights to engines with a copy: gathered, and to each engine's devices."""
-        size = self.shape.parameters * self._word / engine_tensor
+    def transfer(self) -> float:
+        """Weights, or of a model with one the adapter, to engines with a copy: gathered, and all of it to each of
+        their devices, which takes its part."""
+        size = (self.shape.adapter or self.shape.parameters) * self._word
         return self.links.all_gather(size, max(2, self.axes.tensor * self.axes.cut), 1)
 
 

@@ -1,0 +1,93 @@
+"""Engines of several devices: apart from the learners or on their devices, each within a node."""
+
+from dataclasses import replace
+
+import pytest
+
+from plan_runs import LARGE, large, planned
+from tandem.train import footprint
+from tandem.train.plan import work
+from tandem.train.plan.axes import Rules
+from tandem.train.plan.device import assumed, find
+from tandem.train.plan.engine import Engine, engines, times
+from tandem.train.plan.link import links
+from tandem.train.plan.plan import plan
+from tandem.train.plan.report import text
+from tandem.train.plan.request import lengths_of
+
+VLLM = ["engine.kind=vllm", "placement.kind=colocated"]
+
+
+def widths(run, count: int, per_node: int, samplers: int = 0) -> list[int]:
+    """Devices of each engine, where memory is plenty."""
+    rates, shape = assumed(find("h200"), "bf16"), footprint.shape_of(run.model, None)
+    place, rules = links(rates, count, per_node), Rules(LARGE["dense"], 0, per_node)
+    found = engines(
+        run, shape, lengths_of(run, 512, 100), rates, place, rules, 1e12, whole=False, samplers=samplers
+    )
+    return [engine.tensor for engine in found if isinstance(engine, Engine)]
+
+
+def test_only_vllm_is_spread_over_the_devices_of_several_learners(tmp_path):
+    """And, with an adapter, where the base is in a folder."""
+    assert widths(large(tmp_path, "dense"), 16, 8) == [1]
+    assert widths(large(tmp_path, "dense", *VLLM), 16, 8) == [1, 2, 4, 8]
+    assert widths(large(tmp_path, "dense", *VLLM, "model.lora={rank: 8}"), 16, 8) == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("count", "per_node", "samplers", "wanted"),
+    [
+        (16, 4, 0, [1, 2, 4]),
+        (12, 6, 0, [1, 2]),
+        (10, 8, 0, [1, 2]),
+        (16, 8, 16, [1, 2, 4, 8]),
+        (16, 8, 8, [1, 2, 4, 8]),
+        (12, 6, 8, [1, 2, 4]),
+    ],
+)
+def test_an_engine_lies_within_a_node(tmp_path, count, per_node, samplers, wanted):
+    """Of two nodes of six, three engines of four devices would need parts of both; two of them leave learners room."""
+    assert widths(large(tmp_path, "dense", *VLLM), count, per_node, samplers) == wanted
+
+
+def test_wide_engines_on_the_learners_devices_take_and_last_what_their_parts_do(tmp_path):
+    """140 GB of weights are on no device whole, and with vLLM on two, four or eight of them."""
+    alone = planned(large(tmp_path, "dense", "placement.kind=colocated"), "h200", 16, top=10**6)
+    assert not any(not offer.samplers for offer in alone.offers)
+    run = large(tmp_path, "dense", *VLLM)
+    made = planned(run, "h200", 16, top=10**6)
+    offers = [offer for offer in made.offers if not offer.samplers]
+    assert offers
+    for offer in offers:
+        engine = offer.engine
+        assert engine.tensor > 1 and engine.tensor * engine.count == 16
+        assert engine.weights == 2 * made.shape.parameters / engine.tensor
+        # Eight key and value heads.
+        each = (512 / 16 + 4096) * made.shape.key_value * 2 / engine.tensor
+        assert engine.cache == pytest.approx(engine.slots * each)
+        answers = -(-run.rollouts_per_step // engine.count)
+        decoding = work.decoding(run, made.shape, made.lengths, answers, engine.slots, joined=False)
+        seconds = times(decoding, made.shape, made.rates, links(made.rates, 16, 8), engine.tensor, 2)
+        assert (engine.seconds, engine.communication, engine.reads) == seconds and engine.communication
+        assert offer.peak <= made.rates.usable
+    made.offers = offers[:1]
+    assert f"{offers[0].engine.count} x tensor={offers[0].engine.tensor}" in text(made)
+
+
+def test_every_device_of_an_engine_takes_all_of_the_weights_that_travel(tmp_path):
+    """Each keeps its part; of a model with an adapter that alone is sent."""
+    transfers = {}
+    for name, more in {"whole": [], "adapter": ["model.lora={rank: 8}"]}.items():
+        run = large(tmp_path, "dense", *VLLM, *more)
+        lengths = lengths_of(run, None, None)
+        rates = replace(assumed(find("b200"), "bf16"), near=1e9, far=1e9)
+        offers = plan(run, rates, count=16, per_node=8, lengths=lengths, top=10**6).offers
+        shape = footprint.shape_of(run.model, None)
+        sent = 2 * (shape.adapter or shape.parameters)
+        assert {offer.engine.tensor for offer in offers} > {8}
+        for offer in offers:
+            size = max(2, offer.axes.tensor * offer.axes.cut)
+            assert offer.moving["transfer"] == pytest.approx(sent * (size - 1) / size / 1e9, rel=0.01)
+        transfers[name] = offers[0].moving["transfer"]
+    assert transfers["adapter"] < transfers["whole"] / 100
