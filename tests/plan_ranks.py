@@ -26,27 +26,37 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "shard": {"shard": 2},
     "replicate": {"replicate": 2},
     "tensor": {"tensor": 2},
+    "tensor without sequence": {"tensor": 2, "sequence": False},
     "context": {"context": 2},
     "pipeline": {"pipeline": 2},
     "uneven pipeline": {"pipeline": 2, "pipeline_layers": [4, 1]},
     "interleaved pipeline": {"pipeline": 2, "pipeline_chunks": 2},
     "gpipe": {"pipeline": 2, "pipeline_schedule": "gpipe"},
 }
-TIED = "tied pipeline"
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pipeline, tied": ("tied", {"pipeline": 2}),
+    "shard, mixture": ("mixture", {"shard": 2}),
+    "tensor, mixture": ("mixture", {"tensor": 2}),
+    "expert, mixture": ("mixture", {"expert": 2}),
+    "shard, bf16": ("model", {"shard": 2}),
+    "tensor without sequence, bf16": ("model", {"tensor": 2, "sequence": False}),
+}
+"""Layouts of other models than the one called `model` in float32, and these."""
 PROMPT, ANSWER, GROUPS, ANSWERS = 8, 16, 6, 4
 
 
 def asked(folder: Path, name: str) -> Run:
     """Of six groups, each is a micro-batch."""
+    kind, sizes = OTHERS[name] if name in OTHERS else ("model", LAYOUTS[name])
     made = run(
         algorithm={"kl": {"coef": 0.0}, "entropy": 0.0},
         tokens_per_forward=PROMPT + ANSWERS * ANSWER,
-        layout=LAYOUTS.get(name, LAYOUTS["pipeline"]),
+        layout=sizes,
     )
     sampling = made.sampling.model_copy(
         update={"prompts_per_step": GROUPS, "answers_per_prompt": ANSWERS, "max_answer_tokens": ANSWER}
     )
-    model = Model(path=str(folder / ("tied" if name == TIED else "model")))
+    model = Model(path=str(folder / kind), dtype="bf16" if "bf16" in name else "fp32")
     return made.model_copy(update={"sampling": sampling, "model": model})
 
 
@@ -55,12 +65,12 @@ def bytes_of_each(rank: int, world: int, address: str, place: str) -> None:
     torch.set_num_threads(1)
     connect(rank, world, address, torch.device("cpu"), timeout_s=120)
     folder, found = Path(place), {}
-    for name in (*LAYOUTS, TIED):
+    for name in (*LAYOUTS, *OTHERS):
         made = asked(folder, name)
         grid = Grid(made.learner.layout, torch.device("cpu"), "learner.layout")
         actor = Actor(load_sharded(made.model, new_tokenizer(), grid), made)
         weights = list(actor.model.module.parameters())
-        with kept_for_backward(weights) as kept, Counted() as counted:
+        with kept_for_backward(actor.model.module) as kept, Counted() as counted:
             actor._accumulate(full_step(GROUPS, PROMPT, ANSWERS, ANSWER), 0.0)
         gradients = [local(weight.grad) for weight in weights if weight.grad is not None]
         actor.optimizer.step(actor.optimizer.gradient_norm())
@@ -129,13 +139,14 @@ class Holder:
 
 
 @contextmanager
-def kept_for_backward(weights: list[torch.nn.Parameter]) -> Iterator[Kept]:
-    """Most bytes at once that are kept for backward passes, weights not among them."""
-    kept, own = Kept(), {local(weight).untyped_storage().data_ptr() for weight in weights}
+def kept_for_backward(module: torch.nn.Module) -> Iterator[Kept]:
+    """Most bytes at once that are kept for backward passes, weights not among them, nor those that are gathered while
+    they are used."""
+    kept = Kept()
 
     def keep(tensor: Tensor) -> Tensor | Holder:
-        plain = local(tensor)
-        return tensor if plain.untyped_storage().data_ptr() in own else Holder(tensor, kept)
+        own = {local(weight).untyped_storage().data_ptr() for weight in module.parameters()}
+        return tensor if local(tensor).untyped_storage().data_ptr() in own else Holder(tensor, kept)
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t.tensor if isinstance(t, Holder) else t):
         yield kept

@@ -47,6 +47,8 @@ class Shape:
     """Outputs of a layer's query projection."""
     key_value: int
     """Outputs of all layers' key and value projections: cache entries per token."""
+    normed: int
+    """Of a layer's queries and keys, the outputs that a norm for each head goes over."""
     vocabulary: int
     positions: int
     heads: int
@@ -72,21 +74,22 @@ class Shape:
         """Weights in the layers that one token is multiplied with."""
         return self.dense + (self.expert_parameters * self.active / self.experts if self.experts else 0)
 
-    def kept(self, axes: Axes) -> float:
-        """Numbers per token that one process of a layout keeps of a layer for the backward pass: two norms,
-        attention, gated feed-forward (or that of the experts, to which each token goes in copies)."""
-        attention = 2 * (self.query + self.key_value // self.layers) + 2 * self.query
-        between = 6 * self.hidden
+    def kept(self, axes: Axes, sequence: bool, word: int) -> float:
+        """Bytes per token, of weights of `word` bytes, that one process of a layout keeps of a layer for the backward
+        pass: two norms, attention, gated feed-forward (or that of the experts, to which each token goes in copies).
+        What goes into a part that `tensor` splits is of all tokens; what lies between these parts too, unless
+        `sequence` splits it."""
+        # A norm keeps what it gets, in float32, and what it makes of it before its weights.
+        norm = FLOAT + word
+        attention = word * (4 * self.query + 2 * self.key_value // self.layers) + norm * self.normed
         if self.experts:
-            inner = self.active * (EXPERT_COPIES * self.hidden + 4 * self.expert_width)
+            copies = self.active * (EXPERT_COPIES * self.hidden + 4 * self.expert_width)
+            into, inner, between = word * self.hidden, 0, word * (self.hidden + copies)
         else:
-            inner = 4 * self.feed_forward
-        return (between + attention + inner) / (axes.tensor * axes.context)
-
-    @property
-    def activations(self) -> int:
-        """The same on one process."""
-        return int(self.kept(ALONE))
+            into, inner, between = 2 * word * self.hidden, 4 * word * self.feed_forward, 0
+        between += 2 * norm * self.hidden
+        whole = into + between / axes.token_shares(sequence)
+        return (whole + (attention + inner) / axes.tensor) / axes.context
 
 
 def shape_of(model: Model, tokenizer: PreTrainedTokenizerFast | None, path: str | None = None) -> Shape:
@@ -105,6 +108,7 @@ def shape_of(model: Model, tokenizer: PreTrainedTokenizerFast | None, path: str 
     table, head = network.get_input_embeddings().weight, network.get_output_embeddings().weight
     named = list(module.named_parameters())
     experts = sum(p.numel() for name, p in named if EXPERT in name)
+    normed = any("q_norm" in name for name, _ in named)
     return Shape(
         parameters=count(module),
         trainable=sum(p.numel() for p in module.parameters() if p.requires_grad),
@@ -113,6 +117,7 @@ def shape_of(model: Model, tokenizer: PreTrainedTokenizerFast | None, path: str 
         feed_forward=int(text.intermediate_size),
         query=projected(linear, "q_proj") // layers,
         key_value=projected(linear, "k_proj") + projected(linear, "v_proj"),
+        normed=normed * (projected(linear, "q_proj") + projected(linear, "k_proj")) // layers,
         vocabulary=int(text.vocab_size),
         positions=min(text.max_position_embeddings, getattr(text, "sliding_window", None) or sys.maxsize),
         heads=int(text.num_attention_heads),
@@ -221,7 +226,7 @@ def learning_at(
         host |= states | {"gradients of the masters": trained * FLOAT}
     else:
         lasting |= states
-    updating = update(run, shape, longest_prompt, word, stages, layout.pipeline_schedule)
+    updating = update(run, shape, longest_prompt, word, stages, layout)
     if layout.offload_parameters:
         host["weights"] = lasting.pop("weights")
     if layout.offload_parameters or layout.offload_gradients:
@@ -321,7 +326,7 @@ def drawing(run: Run, shape: Shape) -> int:
 
 
 def update(
-    run: Run, shape: Shape, longest_prompt: int, word: int, stages: Stages, schedule: str
+    run: Run, shape: Shape, longest_prompt: int, word: int, stages: Stages, layout: Layout
 ) -> dict[str, int]:
     """Forward and backward of one micro-batch, or of those on their way through a pipeline, with all gradients."""
     axes, answer, group = stages.axes, run.sampling.max_answer_tokens, run.sampling.answers_per_prompt
@@ -329,15 +334,16 @@ def update(
     tokens = min(run.learner.room(longest, longest_prompt), run.rollouts_per_step * longest)
     beside = answer * max(1, min(group, (tokens - longest_prompt) // answer))
     answers = tokens * beside // (longest_prompt + beside)
-    layer = shape.kept(axes)
+    layer, schedule = shape.kept(axes, layout.sequence, word), layout.pipeline_schedule
     packs = math.ceil(group / (beside // answer))
     line = run.sampling.prompts_per_step * packs * longest_prompt + run.rollouts_per_step * answer
     parts = math.ceil(line / run.learner.updates_per_step / axes.data / tokens)
     layers = stages.kept(schedule, parts)
     scores = probabilities(run, shape.heads * answers * longest / (axes.tensor * axes.context))
-    kept = layers * (tokens * layer * word + scores)
+    kept = layers * (tokens * layer + scores)
     if run.learner.checkpointing:
-        kept = tokens * (layers * shape.hidden / (axes.tensor * axes.context) + layer) * word + scores
+        entering = word * shape.hidden / (axes.token_shares(layout.sequence) * axes.context)
+        kept = tokens * (layers * entering + layer) + scores
     waiting = parts - 1 if axes.pipeline > 1 and schedule == "gpipe" else 0
     found = {
         "gradients": held(shape, stages)[1] * word,

@@ -61,6 +61,11 @@ class Axes:
         over `expert` of these first, and then sharded over the rest."""
         return self.shard * self.context
 
+    def token_shares(self, sequence: bool) -> int:
+        """Processes of `tensor` that share the tokens between the parts of a layer that it splits, which experts need
+        in any case."""
+        return self.tensor if sequence or self.expert > 1 else 1
+
     def sizes(self) -> dict[str, int]:
         """Of the axes that are above 1."""
         return {name: size for name, size in asdict(self).items() if isinstance(size, int) and size > 1}

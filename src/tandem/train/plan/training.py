@@ -18,6 +18,9 @@ from tandem.train.plan.work import Lengths, Tokens, forward, share, update
 OPTIMIZER_BYTES = 28
 """Read and written for each trained weight in an update: two moments, master, gradient, weight."""
 
+INDEX = 8
+"""Bytes of a number that counts or chooses."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
@@ -94,6 +97,7 @@ class Trainer:
         """`products` are seconds of each process of the pipeline."""
         parts, chunks, ranks = tokens.forwards, self.axes.pipeline_chunks, self.axes.pipeline
         most, joining = max(products), parts * (passes * self._joining(tokens) + self._choosing(tokens))
+        joining += parts * (passes - learns) * self._announcing(tokens)
         moving = parts * gathers * self._gathering()
         if learns:
             moving += parts * self._scattering()
@@ -141,8 +145,8 @@ class Trainer:
         wide = line * shape.hidden * self._word
         joined = turned = routed = between = 0.0
         if axes.tensor > 1:
-            # Around attention and feed-forward, and before and after the layers.
-            joined = (2 * layers + 1) * self._into_and_out(wide)
+            # Around attention and a feed-forward that is split, and before and after the layers.
+            joined = ((1 if shape.experts else 2) * layers + 1) * self._into_and_out(wide)
         if axes.context > 1:
             query, key_value = shape.query / axes.tensor, shape.key_value / shape.layers / axes.tensor
             turned = layers * sum(
@@ -150,11 +154,21 @@ class Trainer:
                 for width in (query + key_value, query)
             )
         if axes.expert > 1:
-            copies = 2 * shape.active * wide / axes.tensor
-            routed = layers * self.links.exchange(copies, axes.expert, axes.tensor)
+            copies = shape.active * wide / axes.tensor
+            routed = 2 * layers * self.links.exchange(copies, axes.expert, axes.tensor)
         if axes.pipeline > 1:
-            between = axes.pipeline_chunks * self.links.send(wide / axes.tensor, axes.world // axes.pipeline)
+            size = wide / axes.token_shares(self.layout.sequence)
+            between = axes.pipeline_chunks * self.links.send(size, axes.world // axes.pipeline)
         return joined + turned + routed + between
+
+    def _announcing(self, tokens: Tokens) -> float:
+        """Before the copies of one micro-batch come forward: how many, and for which of a process's experts each."""
+        axes = self.axes
+        if axes.expert == 1:
+            return 0.0
+        copies = self.shape.active * tokens.line / tokens.forwards / axes.context / axes.tensor
+        sizes = (axes.expert * INDEX, copies * INDEX)
+        return self._layers * sum(self.links.exchange(size, axes.expert, axes.tensor) for size in sizes)
 
     def _choosing(self, tokens: Tokens) -> float:
         """Two sums, for everyone, of numbers of the predicted tokens of one micro-batch, behind the output head."""
@@ -167,7 +181,7 @@ class Trainer:
         """Of a part that `tensor` splits: all tokens are gathered, and the sums go to those that have them; or sums for
         everyone on the way there or back."""
         tensor = self.axes.tensor
-        if not self.layout.sequence:
+        if self.axes.token_shares(self.layout.sequence) == 1:
             return self.links.all_reduce(size_bytes, tensor, 1)
         return self.links.all_gather(size_bytes, tensor, 1) + self.links.reduce_scatter(size_bytes, tensor, 1)
 
@@ -183,18 +197,21 @@ class Trainer:
         axes, shape = self.axes, self.shape
         if axes.cut == 1:
             return 0.0
-        stage = held_here * axes.cut
-        rest = (shape.parameters - shape.expert_parameters) / axes.tensor
-        experts = stage * shape.expert_parameters / (rest + shape.expert_parameters)
+        stage, layers = held_here * axes.cut, self._layers
+        experts = 0.0
+        if axes.expert > 1:
+            rest = (shape.parameters - shape.expert_parameters) / axes.tensor
+            experts = stage * shape.expert_parameters / (rest + shape.expert_parameters)
+        # The whole's time counts the messages of one layer.
         seconds = move((stage - experts) * word, axes.cut, axes.tensor)
-        if experts:
-            few = axes.cut // axes.expert
-            seconds += move(experts / axes.expert * word, few, axes.tensor * axes.expert)
+        seconds += layers * move(0.0, axes.cut, axes.tensor)
+        if axes.expert > 1:
+            few, stride = axes.cut // axes.expert, axes.tensor * axes.expert
+            seconds += move(experts / axes.expert * word, few, stride) + (layers - 1) * move(0.0, few, stride)
         if self.rates.exchanges is not None:
             # Into the messages, or out of them.
             seconds += 2 * stage * word / self.rates.bandwidth
-        # The whole's time counts the messages of one layer.
-        return seconds + self._layers * move(0.0, axes.cut, axes.tensor)
+        return seconds
 
     def _between(self) -> float:
         """Seconds to sum gradients between the copies, once per update, layer by layer and then the rest."""
