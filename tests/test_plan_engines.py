@@ -91,3 +91,22 @@ def test_every_device_of_an_engine_takes_all_of_the_weights_that_travel(tmp_path
             assert offer.moving["transfer"] == pytest.approx(sent * (size - 1) / size / 1e9, rel=0.01)
         transfers[name] = offers[0].moving["transfer"]
     assert transfers["adapter"] < transfers["whole"] / 100
+
+
+def test_where_engines_take_weights_by_handles_each_learner_keeps_a_whole_copy(tmp_path):
+    """Of what several hold together; a learner that sleeps gives none away."""
+    by = {}
+    for road in ("files", "ipc"):
+        run = large(tmp_path, "dense", *VLLM, f"engine.transfer={road}", "sampling.max_answer_tokens=1024")
+        made = planned(run, "FLOPS=1e15,BANDWIDTH=5e12,MEMORY=640e9", 16, top=10**6)
+        by[road] = {str(o.axes): o for o in made.offers if not o.samplers and not o.variant.away}
+    parameters, both = made.shape.parameters, by["files"].keys() & by["ipc"].keys()
+    assert any("replicate" in axes for axes in both)
+    for axes in both:
+        own, copied = by["files"][axes].load, by["ipc"][axes].load
+        assert copied.stays == own.stays + 2 * parameters
+        assert copied.together.learner == own.together.learner + 2 * parameters
+    made.offers = [by["ipc"][axes] for axes in both][:1]
+    assert "for the handles of engine.transfer=ipc, all weights once more: 141.1 GB" in text(made)
+    asleep = planned(large(tmp_path, "dense", *VLLM, "engine.transfer=ipc"), "h200", 16, top=10**6).offers
+    assert all(o.variant.run.learner.sleep for o in asleep if not o.samplers)

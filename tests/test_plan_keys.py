@@ -98,10 +98,13 @@ def on_host(run: Run) -> tuple[bool, ...]:
 def test_keys_give_the_layout_that_was_offered(tmp_path, special, count):
     path = recipe(tmp_path, **MODEL, **SMALL[special])
     made = planned(load(path), "h200", count, top=10**6)
-    # With less memory than the least of them takes, more is on the host.
+    # With less memory than the least of them takes, more is on the host. A learner that sleeps has no copy of its
+    # weights for engines that take them by handles.
     memory = 0.97 * min(offer.peak for offer in made.offers) / 0.9
     tight = planned(load(path), f"FLOPS=1e13,BANDWIDTH=1e11,MEMORY={memory}", count, top=10**6)
-    assert tight.offers and all("optimizer" in offer.variant.away for offer in tight.offers)
+    enough = "all of it" if made.run.engine.transfer == "ipc" and count > 1 else "optimizer"
+    assert tight.offers
+    assert all("optimizer" in o.variant.away or enough in o.variant.away for o in tight.offers)
     made.offers = made.offers[:: 1 + len(made.offers) // 8]
     for plan in (made, tight):
         holds(path, [], plan)

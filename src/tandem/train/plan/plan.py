@@ -10,6 +10,7 @@ from tandem.config.layout import Layout
 from tandem.config.run import Run
 from tandem.config.sections import Optimizer
 from tandem.errors import ConfigError
+from tandem.model.load import DTYPES
 from tandem.train import footprint
 from tandem.train.footprint import Shape, learning_at
 from tandem.train.layouts import check_layouts, holds_reference, not_alone
@@ -260,11 +261,23 @@ class Search:
         together = own.memory
         for name, place in others.items():
             together = together.beside(name, place.memory)
-        lasting = own.lasting + sum(place.lasting for place in others.values())
+        copy = 0 if samplers else self._copy(variant.run, axes)
+        if copy:
+            together = replace(together, lasting=together.lasting | {"copy for engines": copy})
+        lasting = own.lasting + sum(place.lasting for place in others.values()) + copy
         asleep = lasting if variant.run.learner.sleep and not samplers else 0
         # Where the device is the host, what sleeps lies in another place of the same memory.
         gone = samplers or (asleep and made.rates.host_memory)
         return Load(own=own, together=together, asleep=asleep, stays=0 if gone else lasting)
+
+    def _copy(self, run: Run, axes: Axes) -> int:
+        """Bytes on each learner for engines on its device that take the weights by handles: none where they are the
+        learner's own, else a whole copy in the engine's type."""
+        kept, wanted = run.model.dtype, run.engine.dtype or run.model.dtype
+        own = axes.world == 1 or (axes.world == axes.replicate and kept == wanted)
+        if run.engine.transfer != "ipc" or run.learner.sleep or own:
+            return 0
+        return (self.plan.shape.adapter or self.plan.shape.parameters) * DTYPES[wanted].itemsize
 
     def _offer(self, axes: Axes, samplers: int, variant: Variant, load: Load, engine: Engine) -> Offer:
         run, learner = variant.run, variant.run.learner

@@ -91,6 +91,10 @@ def roles(plan: Plan, offer: Offer) -> str:
         notes.append(
             f"updates and sampling take turns: at most {readable(int(offer.peak))} at once; {slots(offer)}"
         )
+    if copy := offer.load.together.lasting.get("copy for engines"):
+        notes.append(
+            f"on each learner, for the handles of engine.transfer=ipc, all weights once more: {readable(copy)}"
+        )
     if offer.load.together.host:
         held = ", ".join(
             f"{name} {readable(size)}" for name, size in offer.load.together.host.items() if size
