@@ -11,6 +11,7 @@ from plan_ranks import full_step
 from plan_runs import LARGE, large, planned, trainer
 from small_recipe import recipe
 from tandem.config import load
+from tandem.config.layout import Layout
 from tandem.engine import EmbeddedEngine, Request, SamplingParams
 from tandem.learner import Actor
 from tandem.model import load as load_model
@@ -21,7 +22,7 @@ from tandem.train import footprint
 from tandem.train.plan import work
 from tandem.train.plan.axes import ALONE, Axes, Rules
 from tandem.train.plan.device import assumed, find
-from tandem.train.plan.engine import Engine, engines
+from tandem.train.plan.engine import Engine, engines, times
 from tandem.train.plan.link import links
 from tandem.train.plan.measure import measured, typical
 from tandem.train.plan.plan import plan
@@ -115,10 +116,14 @@ def test_one_process_has_nobody_to_talk_to_and_each_axis_has_its_price(tmp_path)
     assert across.weights > 2 * sharded.weights
     split = trainer(run, Axes(tensor=8), 8).update()
     # Into and out of attention, feed-forward and all layers together, three times over; 14 messages each.
-    whole, times = work.share(run, lengths_of(run, None, None), 1), (80 * 2 + 1) * 3
-    wide = times * 2 * 7 / 8 * whole.line * 8192 * 2
-    messages = times * whole.forwards * 14 * 2e-6
+    whole, turns = work.share(run, lengths_of(run, None, None), 1), (80 * 2 + 1) * 3
+    wide = turns * 2 * 7 / 8 * whole.line * 8192 * 2
+    messages = turns * whole.forwards * 14 * 2e-6
     assert split.layers == pytest.approx(wide / (0.7 * 450e9) + messages, rel=1e-3)
+    # What lies between is then computed whole: forward, again, and backward, at 80 bytes for each number and pass.
+    repeated = 7 / 8 * whole.line * 8192 * 80 * 80 * 4 / (0.7 * 4.8e12)
+    together = replace(trainer(run, Axes(tensor=8), 8), layout=Layout(sequence=False)).update()
+    assert together.products == pytest.approx(split.products + repeated)
     stages = trainer(run, Axes(pipeline=8), 8).update()
     # The last one has the head too: what the seven before it compute is waited for.
     shape = footprint.shape_of(run.model, None)
@@ -153,6 +158,13 @@ def test_decoding_reads_weights_once_a_step_and_the_longest_answer_sets_the_step
     seconds = {e.tensor: e.seconds for e in found if isinstance(e, Engine)}
     assert list(seconds) == [2, 4, 8] and seconds[8] < seconds[2]
     assert seconds[8] > 4096 * one.weights / 8 / 4.8e12
+    # On the same cores nothing is read while others multiply.
+    here = links(rates, 8, 8)
+    both, apart = (
+        times(waiting, shape, each, here, 1, 2)[0] for each in (rates, replace(rates, overlaps=False))
+    )
+    shorter = min(waiting.weights / rates.bandwidth, waiting.step.products / rates.decode)
+    assert apart == pytest.approx(both + 400 * shorter)
 
 
 @pytest.mark.alone

@@ -198,6 +198,8 @@ class Rates:
     """The same of the host's, for each device; 0 where the device is the host."""
     origin: str
     """Where the figures come from, in words."""
+    overlaps: bool = True
+    """A decoding step reads weights while it multiplies others."""
     exchanges: Exchanges | None = None
     """Where they were measured."""
 

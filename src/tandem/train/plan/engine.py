@@ -141,7 +141,8 @@ def times(
     def joining(tokens: float) -> float:
         return sums * links.all_reduce(tokens * shape.hidden * word, tensor, 1)
 
-    step = max(reading, multiplying) + cache + fixed
+    weights = max(reading, multiplying) if rates.overlaps else reading + multiplying
+    step = weights + cache + fixed
     communication = work.steps * joining(work.slots) + joining(work.prompts.line)
     bounds = {
         "reading weights": reading,

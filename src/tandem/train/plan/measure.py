@@ -62,7 +62,7 @@ def measured(run: Run, lengths: Lengths, threads: int | None, grid: Grid | None 
         return common
     small = shortened(shape, layers)
     model = short_model(run, layers)
-    engine = replace(common, **engine_rates(run, model, small, lengths, common))
+    engine = replace(common, **engine_rates(run, model, small, lengths, common), overlaps=False)
     part = f"{layers} of the model's {shape.layers} layers"
     origin = f"measured on this machine with {several(threads, 'thread')} on {part}"
     learner = (
@@ -153,7 +153,8 @@ def learner_rates(run: Run, model: LanguageModel, shape: Shape, lengths: Lengths
 def engine_rates(
     run: Run, model: LanguageModel, shape: Shape, lengths: Lengths, rates: Rates
 ) -> dict[str, float]:
-    """From decoding steps with one answer, and with as many as there are slots."""
+    """From decoding steps with one answer, and with as many as there are slots: what these take more, beside their keys
+    and values, they multiply."""
     p, steps = round(lengths.prompt), min(round(lengths.answer), STEPS)
     engine = EmbeddedEngine(model, run.sampling.slots, run.learner.room())
     short = replace(lengths, answer=float(steps), longest_answer=steps)
@@ -172,10 +173,9 @@ def engine_rates(
     slots = min(run.sampling.slots, run.rollouts_per_step)
     one, all_of_them = step(1), step(slots)
     work = decoding(run, shape, short, slots, slots, joined=True)
-    reading = work.weights / rates.bandwidth
-    layer = max(0.0, one - reading) / shape.layers
-    left = all_of_them - shape.layers * layer - work.cache / work.steps / rates.bandwidth
-    return {"layer_s": layer, "decode": work.step.products / max(left, reading)}
+    layer = max(0.0, one - work.weights / rates.bandwidth) / shape.layers
+    more = all_of_them - one - work.cache / work.steps / rates.bandwidth
+    return {"layer_s": layer, "decode": work.step.products / max(1e-7, more)}
 
 
 def typical(act: Callable[[], object]) -> float:

@@ -17,7 +17,9 @@ from tandem.train.plan.work import Lengths, Tokens, forward, share, update
 
 OPTIMIZER_BYTES = 28
 """Read and written for each trained weight in an update: two moments, master, gradient, weight."""
-
+BETWEEN_BYTES = 80
+"""Read and written for each number of a token's hidden state by the two norms and the two sums of a layer, forward; and
+twice as much backward."""
 INDEX = 8
 """Bytes of a number that counts or chooses."""
 
@@ -66,15 +68,16 @@ class Trainer:
         """All updates of a step."""
         tokens, learner = share(self.run, self.lengths, self.axes.data), self.run.learner
         whole, layers = (update(self.run, shape, tokens).total for shape in self._shapes)
-        products = self._shared(whole, layers, self.rates.update)
         passes = 2 + learner.checkpointing
+        products = self._shared(whole, layers, self.rates.update, self._repeated(tokens, 1 + passes))
         one = self._pass(tokens, products, passes, gathers=2, learns=True)
         return times(one, learner.updates_per_step * learner.epochs_per_step)
 
     def reading(self) -> Pass:
         """A forward pass over a step's answers: log-probabilities, or values."""
         tokens = share(self.run, self.lengths, self.axes.data)
-        products = self._shared(*(forward(shape, tokens).total for shape in self._shapes), self.rates.forward)
+        whole, layers = (forward(shape, tokens).total for shape in self._shapes)
+        products = self._shared(whole, layers, self.rates.forward, self._repeated(tokens, 1))
         return times(self._pass(tokens, products, 1, gathers=1), self.run.learner.updates_per_step)
 
     @property
@@ -82,14 +85,23 @@ class Trainer:
         """With and without the output head."""
         return self.shape, replace(self.shape, head=0)
 
-    def _shared(self, whole: float, layers: float, rate: float) -> list[float]:
+    def _shared(self, whole: float, layers: float, rate: float, more: float) -> list[float]:
         """Seconds of each process of the pipeline for operations of which those of all `layers` are shared out, and
-        the others are the last one's."""
+        the others are the last one's; and `more` for each of its layers."""
         here = rate * self.axes.tensor * self.axes.context
         return [
             (layers * stages.layers / self.shape.layers + (whole - layers) * stages.last) / here
+            + more * stages.layers
             for stages in stages_of(self.axes, self.shape.layers)
         ]
+
+    def _repeated(self, tokens: Tokens, times: int) -> float:
+        """Seconds for a layer's norms and sums so many times, of the tokens that a process would not have if `tensor`
+        shared them out. Those that it would have are in the rates."""
+        axes = self.axes
+        more = 1 / axes.token_shares(self.layout.sequence) - 1 / axes.tensor
+        numbers = more * tokens.line / axes.context * self.shape.hidden
+        return times * numbers * BETWEEN_BYTES / self.rates.bandwidth
 
     def _pass(
         self, tokens: Tokens, products: list[float], passes: int, *, gathers: int, learns: bool = False
