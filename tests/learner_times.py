@@ -32,7 +32,7 @@ TIMED: dict[str, dict[str, Any]] = {
 GROUPS, PROMPT, ANSWERS, ANSWER = 4, 48, 8, 64
 
 
-ROUNDS = 6
+ROUNDS = 5
 
 
 def seconds_of_each(rank: int, world: int, address: str, place: str) -> None:

@@ -16,13 +16,13 @@ from tandem.train.plan.plan import plan
 from tandem.train.plan.request import lengths_of
 from tandem.train.plan.together import measured_together, processes_here
 
-TRIES = 5
+TRIES, STEADY = 5, 1.18
 
 
 @pytest.mark.alone
 def test_the_times_of_two_learners_on_this_machine_are_near_those_expected(tmp_path):
-    """Each try lies between two measurements of the rates. The machine's speed changes from minute to minute, so the
-    median of the tries counts, of as few as will do."""
+    """Each try lies between two measurements of the rates, and is void where these differ: other work on the machine
+    disturbed it. The median of the tries counts, of as few as will do."""
     changes = {
         "model": {"new": {"hidden_size": 256, "layers": 4, "heads": 4, "kv_heads": 2, "max_positions": 256}},
         "sampling": {"prompts_per_step": GROUPS, "answers_per_prompt": ANSWERS, "max_answer_tokens": ANSWER},
@@ -39,10 +39,13 @@ def test_the_times_of_two_learners_on_this_machine_are_near_those_expected(tmp_p
         launch(seconds_of_each, 2, tmp_path)
         after = expected(run)
         found = json.loads((tmp_path / "seconds.json").read_text())
-        tries.append({key: mean((before[key], after[key])) / seconds for key, seconds in found.items()})
+        if all(1 / STEADY < after[key] / before[key] < STEADY for key in found):
+            tries.append({key: mean((before[key], after[key])) / seconds for key, seconds in found.items()})
+            if all(0.8 < median(ratios[key] for ratios in tries) < 1.2 for key in found):
+                return
         before = after
-        if all(0.8 < median(ratios[key] for ratios in tries) < 1.2 for key in found):
-            return
+    if not tries:
+        pytest.skip(f"the machine's speed changed by a factor of {STEADY} and more in each of {TRIES} tries")
     raise AssertionError(f"expected over measured seconds: {tries}")
 
 
