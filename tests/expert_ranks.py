@@ -5,7 +5,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from parallel_ranks import (
     CPU,
@@ -33,6 +40,12 @@ FAMILIES = {
     ),
     "qwen2_moe": lambda: Qwen2MoeForCausalLM(
         Qwen2MoeConfig(**SHAPE, **HEADS, **EXPERTS, shared_expert_intermediate_size=40)
+    ),
+    # Its folder calls them otherwise than the model does, and the router too.
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(
+            **{**SHAPE, "intermediate_size": 24}, **HEADS, num_local_experts=8, num_experts_per_tok=2
+        )
     ),
     # Often no token of a micro-batch goes to any expert of a process.
     "one choice": lambda: Qwen3MoeForCausalLM(
@@ -72,6 +85,7 @@ CASES = {
         "expert x shard lora": case({"expert": 2}, lora=True),
         "expert x tensor": case({"expert": 2, "tensor": 2}),
         "shared expert x tensor": case({"expert": 2, "tensor": 2}, "qwen2_moe"),
+        "mixtral x tensor": case({"expert": 2, "tensor": 2}, "mixtral"),
         "expert x tensor lora": case({"expert": 2, "tensor": 2}, lora=True),
         "adapted experts of 4": case({"expert": 4}, **EVERYWHERE),
         "adapted experts x shard": case({"expert": 2}, **EVERYWHERE),
@@ -81,13 +95,17 @@ CASES = {
     2: {
         "expert": case({"expert": 2}),
         "shared expert": case({"expert": 2}, "qwen2_moe"),
+        "mixtral": case({"expert": 2}, "mixtral"),
+        "mixtral lora": case({"expert": 2}, "mixtral", lora=True),
         "shard": case({}),
         "pipeline": case({"pipeline": 2}),
+        "mixtral x pipeline": case({"pipeline": 2}, "mixtral"),
         "expert lora": case({"expert": 2}, lora=True),
         "sequence": case({"tensor": 2}),
         "tensor, shared expert": case({"tensor": 2, "sequence": False}, "qwen2_moe"),
         "adapted experts": case({"expert": 2}, **EVERYWHERE),
         "adapted experts, sharded": case({}, **EVERYWHERE),
+        "adapted mixtral": case({"expert": 2}, "mixtral", **EVERYWHERE),
         "adapted down, recomputed": case(
             {"expert": 2}, lora=True, targets=["down_proj"], learner={"checkpointing": True}
         ),
@@ -97,7 +115,11 @@ CASES = {
 }
 
 
-SAVED = {"saved": {}, "saved adapter": EVERYWHERE}
+SAVED = {"saved": {}, "saved adapter": EVERYWHERE, "saved mixtral": {"family": "mixtral"}}
+
+
+EXPORTED = {"qwen3_moe": "saved", "mixtral": "saved mixtral"}
+"""What many processes export without a change, and a checkpoint of the same family."""
 
 
 FROM_ONE = {"expert": {"expert": 2}, "shard": {}, "tensor": {"tensor": 2}}
@@ -119,11 +141,11 @@ def everything(rank: int, world: int, address: str, place: str) -> None:
         go_on(case({}, **keys), folder, folder / name, "shard", rank)
     for layout, sizes in FROM_ONE.items():
         take_over_from_one(case(sizes, **EVERYWHERE), folder, f"adapter {layout}", rank)
-    reads_at_most(0.52, case({"expert": 2}), folder)
-    reads_at_most(0.52, case({"expert": 2}, "qwen2_moe"), folder)
+    for family in ("qwen3_moe", "qwen2_moe", "mixtral"):
+        reads_at_most(0.52, case({"expert": 2}, family), folder)
     reference_in_another_layout(folder)
-    actor = spread(case({"expert": 2}), folder)
-    actor.model.save_merged(folder / "export")
+    for family in EXPORTED:
+        spread(case({"expert": 2}, family), folder).model.save_merged(folder / f"export {family}")
     keep_an_adapter(folder)
 
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
-from expert_ranks import CASES, EVERYWHERE, FAMILIES, FROM_ONE, SAVED, case, everything
+from expert_ranks import CASES, EVERYWHERE, EXPORTED, FAMILIES, FROM_ONE, HEADS, SAVED, case, everything
 from parallel_ranks import CPU, PROBE, launch, saved_by_one, single, weights_of
 from tandem.checkpoint.sharded import export_sharded, read_sharded
 from tandem.config.layout import Layout
+from tandem.config.sections import Model
 from tandem.engine.probe import policy_logp
 from tandem.engine.weights import named_tensors
 from tandem.errors import ConfigError, RunError
@@ -22,6 +23,11 @@ from tandem.model.mixture import apart
 from tandem.model.new import new_tokenizer
 from tandem.model.parallel.fit import check_fit
 from tiny_models import SHAPE, network, randomized
+
+
+def unknown() -> PreTrainedModel:
+    """A mixture that has its experts in one tensor too, and is none of those that Tandem understands."""
+    return OlmoeForCausalLM(OlmoeConfig(**SHAPE, **HEADS, num_experts=4, num_experts_per_tok=2))
 
 
 @pytest.fixture(scope="module")
@@ -116,38 +122,58 @@ def test_adapters_on_experts_are_saved_as_one_process_has_them(place):
         torch.testing.assert_close(found_BT, said_BT, atol=1e-5, rtol=1e-5)
 
 
-def test_folders_have_the_experts_apart(place):
-    original = load_file(place / "qwen3_moe" / "model.safetensors")
-    assert "model.layers.1.mlp.experts.7.down_proj.weight" in original
-    exported = load_file(place / "export" / "model.safetensors")
-    assert exported.keys() == original.keys()
-    assert all(torch.equal(exported[key], original[key]) for key in original)
-    folder = export_sharded(place / "saved", place / "from saved")
-    then = load_file(place / "saved then.safetensors")
+EXPERT = {
+    "qwen3_moe": "model.layers.1.mlp.experts.7.down_proj.weight",
+    "qwen2_moe": "model.layers.1.mlp.experts.7.down_proj.weight",
+    "mixtral": "model.layers.1.block_sparse_moe.experts.7.w2.weight",
+}
+"""A weight of an expert in a folder."""
+
+
+@pytest.mark.parametrize(("family", "saved"), EXPORTED.items())
+def test_folders_have_the_experts_apart(place, tmp_path, family, saved):
+    original = load_file(place / family / "model.safetensors")
+    assert EXPERT[family] in original
+    many, one = place / f"export {family}", tmp_path / "one"
+    single(case({}, family), place)[0].model.save_merged(one)
+    for folder in (many, one):
+        exported = load_file(folder / "model.safetensors")
+        assert exported.keys() == original.keys()
+        assert all(torch.equal(exported[key], original[key]) for key in original)
+    theirs = AutoModelForCausalLM.from_pretrained(many).state_dict()
+    given = AutoModelForCausalLM.from_pretrained(place / family).state_dict()
+    assert all(torch.equal(theirs[key], given[key]) for key in given)
+    folder = export_sharded(place / saved, place / f"from {saved}")
+    then = load_file(place / f"{saved} then.safetensors")
     saved = load_file(folder / "model.safetensors")
     assert saved.keys() == original.keys()
     for key in saved:
         torch.testing.assert_close(saved[key], then[key], atol=1e-7, rtol=1e-6)
 
 
-def test_an_engine_is_sent_the_experts_apart():
-    model = LanguageModel(randomized(FAMILIES["qwen3_moe"]()), new_tokenizer(), "qwen3_moe")
+@pytest.mark.parametrize("family", EXPERT)
+def test_an_engine_is_sent_the_experts_apart(tmp_path, family):
+    model = LanguageModel(randomized(FAMILIES[family]()), new_tokenizer(), family)
     own = named_tensors(model)
     sent = dict(model.weights())
-    assert own.keys() == sent.keys()
-    name = "model.layers.1.mlp.experts.5.up_proj.weight"
-    own[name].fill_(7.0)
-    assert (sent[name] == 7.0).all()
+    model.save(tmp_path)
+    assert own.keys() == sent.keys() == load_file(tmp_path / "model.safetensors").keys()
+    own[EXPERT[family]].fill_(7.0)
+    assert (sent[EXPERT[family]] == 7.0).all()
 
 
-def test_experts_are_named_one_by_one():
+@pytest.mark.parametrize(
+    ("family", "block", "gate", "up"),
+    [("qwen3_moe", "mlp", "gate_proj", "up_proj"), ("mixtral", "block_sparse_moe", "w1", "w3")],
+)
+def test_experts_are_named_one_by_one(family, block, gate, up):
     fused = torch.arange(24.0).view(2, 4, 3)
-    found = dict(apart("model.layers.3.mlp.experts.gate_up_proj", fused, first=6))
-    assert list(found) == [
-        f"model.layers.3.mlp.experts.{e}.{p}_proj.weight" for e in (6, 7) for p in ("gate", "up")
-    ]
-    assert torch.equal(found["model.layers.3.mlp.experts.7.up_proj.weight"], fused[1, 2:])
-    assert list(apart("model.norm.weight", fused)) == [("model.norm.weight", fused)]
+    found = dict(apart(family, "model.layers.3.mlp.experts.gate_up_proj", fused, first=6))
+    stem = f"model.layers.3.{block}"
+    assert list(found) == [f"{stem}.experts.{e}.{p}.weight" for e in (6, 7) for p in (gate, up)]
+    assert torch.equal(found[f"{stem}.experts.7.{up}.weight"], fused[1, 2:])
+    assert list(apart(family, "model.norm.weight", fused)) == [("model.norm.weight", fused)]
+    assert list(apart(family, "model.layers.3.mlp.gate.weight", fused)) == [(f"{stem}.gate.weight", fused)]
 
 
 @pytest.mark.parametrize(
@@ -155,33 +181,41 @@ def test_experts_are_named_one_by_one():
     [
         ({"expert": 2}, "qwen2_tied", r"learner.layout.expert=2: the model \(qwen2\) has no experts that"),
         ({"expert": 3, "shard": 3}, "qwen3_moe", "expert=3: the model .* has 8 experts"),
+        ({"expert": 3, "shard": 3}, "mixtral", r"expert=3: the model \(mixtral\) has 8 experts"),
+        (
+            {"expert": 2},
+            "olmoe",
+            r"expert=2: the model \(olmoe\) has no experts that .* those of mixtral, qwen2",
+        ),
         ({"expert": 2, "shard": 3}, "qwen3_moe", "expert=2 does not divide shard=3 x context=1"),
     ],
     ids=str,
 )
 def test_experts_that_cannot_be_split_are_refused_before_anything_is_loaded(keys, family, said):
-    made = FAMILIES[family]() if family in FAMILIES else network(family)
+    made = unknown() if family == "olmoe" else FAMILIES[family]() if family in FAMILIES else network(family)
     with pytest.raises(ConfigError, match=said):
         check_fit(Layout.model_validate(keys), made.config, keys.get("shard", 2), "learner.layout")
 
 
 @pytest.mark.parametrize(
-    "keys",
+    ("family", "keys"),
     [
-        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
-        {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
-        {"target_modules": "all-linear"},
+        ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}),
+        ("qwen3_moe", {"target_modules": ["gate_proj", "up_proj", "down_proj"]}),
+        ("qwen3_moe", {"target_modules": "all-linear"}),
+        ("mixtral", {"target_modules": ["w1", "w3", "w2"]}),
+        ("mixtral", {"target_modules": "all-linear"}),
     ],
     ids=str,
 )
-def test_whole_weights_of_one_process_have_adapters_on_experts_merged(tmp_path, keys):
-    made = get_peft_model(randomized(FAMILIES["qwen3_moe"]()), LoraConfig(r=2, lora_alpha=6, **keys))
+def test_whole_weights_of_one_process_have_adapters_on_experts_merged(tmp_path, family, keys):
+    made = get_peft_model(randomized(FAMILIES[family]()), LoraConfig(r=2, lora_alpha=6, **keys))
     with torch.no_grad():
         for name, weight in made.named_parameters():
             if ".lora_" in name:
                 weight.normal_(0.0, 0.3)
     model = LanguageModel(made, new_tokenizer(), "mixture")
-    plain = dict(LanguageModel(FAMILIES["qwen3_moe"](), new_tokenizer(), "plain").weights())
+    plain = dict(LanguageModel(FAMILIES[family](), new_tokenizer(), "plain").weights())
     found = dict(model.weights())
     assert found.keys() == plain.keys()
     before = {name: made.get_parameter(name).detach().clone() for name, _ in made.named_parameters()}
@@ -192,7 +226,7 @@ def test_whole_weights_of_one_process_have_adapters_on_experts_merged(tmp_path, 
         view: part
         for name, weight in made.named_parameters()
         if ".lora_" not in name
-        for view, part in apart(model.hf_name(name), weight.detach())
+        for view, part in apart(family, model.hf_name(name), weight.detach())
     }
     assert found.keys() == merged.keys() == saved.keys()
     for name, weight in merged.items():
@@ -202,15 +236,22 @@ def test_whole_weights_of_one_process_have_adapters_on_experts_merged(tmp_path, 
     assert changed == 2 * (1 if "target_parameters" in keys else 2)
 
 
-def mixtral() -> PreTrainedModel:
-    config = MixtralConfig(**SHAPE, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
-    return MixtralForCausalLM(config)
+def test_noise_of_a_router_is_off(tmp_path):
+    """Else an update would see other log-probabilities than its answers were sampled with."""
+    network = randomized(FAMILIES["mixtral"]())
+    network.config.router_jitter_noise = 0.5
+    network.save_pretrained(tmp_path)
+    new_tokenizer().save_pretrained(tmp_path)
+    model = load(Model(path=str(tmp_path)), new_tokenizer(), CPU)
+    said_T = torch.tensor(policy_logp(model, PROBE))
+    model.module.train()
+    assert torch.equal(torch.tensor(policy_logp(model, PROBE)), said_T)
 
 
 @pytest.mark.parametrize(
     ("make", "keys", "said"),
     [
-        (mixtral, {"target_parameters": ["mlp.experts.down_proj"]}, "experts"),
+        (unknown, {"target_parameters": ["mlp.experts.down_proj"]}, "experts"),
         (lambda: network("llama"), {"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens"),
         # One weight with the embedding.
         (lambda: network("qwen2_tied"), {"target_modules": ["lm_head"]}, "lm_head"),

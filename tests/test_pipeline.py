@@ -154,7 +154,8 @@ def test_a_model_of_another_make_is_refused():
     config = network("llama").config
     config.model_type = "gpt_neox"
     with pytest.raises(
-        ConfigError, match="pipeline=2: not for models of type gpt_neox, only for llama, mistral, qwen2"
+        ConfigError,
+        match="pipeline=2: not for models of type gpt_neox, only for llama, mistral, mixtral, qwen2",
     ):
         check_fit(Layout(pipeline=2), config, 2, "learner.layout")
 

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from copies import check_probe
 from tandem.config.engine import Engine
@@ -26,6 +33,7 @@ SPARSE = {
 FAMILIES = {
     "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SPARSE, head_dim=32, norm_topk_prob=True)),
     "qwen2_moe": lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(**SPARSE, shared_expert_intermediate_size=32)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**{**SPARSE, "intermediate_size": 32})),
 }
 CONFIG = Engine(kind="vllm", kv_cache_mb=64, eager=True, max_num_seqs=8)
 REQUESTS = [Request(tokens=tuple(range(3 + i, 9 + 2 * i)), key=i) for i in range(12)]
@@ -52,27 +60,34 @@ def test_the_engine_expects_the_tensors_that_the_trainer_sends(tmp_path, family)
     model = mixture(family, 0)
     model.network.save_pretrained(tmp_path)
     offer = MemoryRoad().offer(0, ModelWeights(model))
-    assert any(".experts.3.down_proj.weight" in spec.name for spec in offer.specs)
+    last = "w2" if family == "mixtral" else "down_proj"
+    assert any(f".experts.3.{last}.weight" in spec.name for spec in offer.specs)
     check_specs(offer, own_specs(str(tmp_path), torch.float32, trust_remote_code=False))
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    made = engine_of(mixture("qwen3_moe", 0), tmp_path_factory.mktemp("mixture"))
+def engine(request, tmp_path_factory):
+    made = engine_of(mixture(request.param, 0), tmp_path_factory.mktemp("mixture"))
     yield made
     made.close()
 
 
-@pytest.mark.parametrize("kind", ["memory", "files"])
-def test_a_mixtures_weights_are_taken_and_proved(engine, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("engine", "family", "kind"),
+    [(family, family, kind) for family in ("mixtral", "qwen3_moe") for kind in ("memory", "files")],
+    indirect=["engine"],
+    scope="module",
+)
+def test_a_mixtures_weights_are_taken_and_proved(engine, tmp_path, family, kind):
     road = MemoryRoad() if kind == "memory" else FilesRoad(tmp_path / "versions")
     engine.connect(kind)
     for version in (1, 2):
-        sender = mixture("qwen3_moe", version)
+        sender = mixture(family, version)
         engine.update(road.offer(version, ModelWeights(sender)))
         assert check_probe(engine, sender, version, torch.float32) < 1e-4
 
 
+@pytest.mark.parametrize("engine", ["qwen3_moe"], indirect=True, scope="module")
 def test_the_second_pass_says_how_far_it_is_and_can_be_ended_but_not_paused(engine):
     """More answers than decode at the same time: they are scored in several steps."""
     params, seen = SamplingParams(max_tokens=12, top_k=5), []

@@ -1,10 +1,11 @@
 """Checkpoints of a model on many processes: each writes its part, and any other layout reads them, one process too.
 
-`weights/` holds what trains (all weights by their Hugging Face names, or an adapter's), `optimizer/` the moments and
-the master weights where the model's are shorter, `settings/` the rest of a Hugging Face folder. The tensors are
-safetensors that torch.distributed.checkpoint writes and reads, the place of each piece in its file's header; nothing
-in them is code. What one process wrote, a model's folder and `optimizer_tensors` in a file, is read by the same slices;
-only adapters on experts, which one process has in another form, are read whole, a factor at a time.
+`weights/` holds what trains (all weights by the names that Transformers' model has for them, or an adapter's),
+`optimizer/` the moments and the master weights where the model's are shorter, `settings/` the rest of a Hugging Face
+folder. The tensors are safetensors that torch.distributed.checkpoint writes and reads, the place of each piece in its
+file's header; nothing in them is code. What one process wrote, a model's folder and `optimizer_tensors` in a file, is
+read by the same slices; only adapters on experts, which one process has in another form, are read whole, a factor at a
+time.
 """
 
 import shutil
@@ -135,13 +136,15 @@ def export_sharded(folder: Path, target: Path, file_bytes: int = FILE_BYTES) -> 
 
     def write(place: Path) -> None:
         shutil.copytree(folder / SETTINGS, place, dirs_exist_ok=True)
-        adapter = (place / "adapter_config.json").is_file()
-        whole = ((name, as_saved(name, weight)) for name, weight in _whole(folder / WEIGHTS))
-        views = (view for name, weight in whole for view in apart(name, weight))
-        write_weights(place, views, sys.maxsize if adapter else file_bytes)
-        if adapter:
+        whole = _whole(folder / WEIGHTS)
+        if (place / "adapter_config.json").is_file():
+            write_weights(place, ((name, as_saved(name, weight)) for name, weight in whole), sys.maxsize)
             (place / "config.json").unlink()
             (place / "model.safetensors").rename(place / ADAPTER)
+        else:
+            family = read_json(place / "config.json")["model_type"]
+            views = (view for name, weight in whole for view in apart(family, name, weight))
+            write_weights(place, views, file_bytes)
 
     return export(write, target)
 

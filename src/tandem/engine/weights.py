@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from tandem.errors import RunError
 from tandem.model import LanguageModel
-from tandem.model.mixture import apart, is_mixture
+from tandem.model.mixture import apart
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 WIDTH, ROWS = 1024, 256
@@ -109,10 +109,8 @@ def named_tensors(model: LanguageModel) -> dict[str, Tensor]:
 
 def named_parameters(network: PreTrainedModel) -> dict[str, Tensor]:
     """Those of `named_tensors` that a folder must have; they need no storage."""
-    own = {name: p.detach() for name, p in network.named_parameters()}
-    if is_mixture(network.config):
-        own = {view: part for name, tensor in own.items() for view, part in apart(name, tensor)}
-    return own
+    family, own = network.config.model_type, network.named_parameters()
+    return {view: part for name, weight in own for view, part in apart(family, name, weight.detach())}
 
 
 def specs_of(network: PreTrainedModel) -> dict[str, TensorSpec]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from tandem.errors import ConfigError, RunError
 from tandem.model.attention import Layout, Rows
 from tandem.model.head import chosen_logprobs, head_of
-from tandem.model.mixture import apart, experts_first, is_mixture
+from tandem.model.mixture import MIXTURES, apart, experts_first, is_mixture
 from tandem.model.parallel.mesh import ALONE, Mesh, norm_of
 from tandem.model.product import quicken
 from tandem.types import BatchT
@@ -158,13 +158,10 @@ class LanguageModel:
         Where the model lies on several processes all of them iterate, in step.
         """
         for name, whole in self.whole_weights():
-            if is_mixture(self.network.config):
-                yield from apart(name, whole)
-            else:
-                yield name, whole
+            yield from apart(self.network.config.model_type, name, whole)
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """As `weights`, with all experts of a layer in one tensor, as the model has them."""
+        """As `weights`, with the tensors and names that Transformers' model has: all experts of a layer in one."""
         named = dict(self.module.named_parameters())
         adapted = self._adapted(named)
         for name, weight in named.items():
@@ -189,7 +186,8 @@ class LanguageModel:
             if f"{base}.{leaf}" not in named or not known:
                 raise RunError(
                     f"model.lora.targets: the adapter of {stem} cannot be merged into its weights, for it is neither "
-                    "a plain linear layer nor the experts of a Qwen mixture; name other targets, such as q_proj"
+                    f"a plain linear layer nor the experts of {', '.join(sorted(MIXTURES))}; name other targets, "
+                    "such as q_proj"
                 )
             found[f"{base}.{leaf}"] = stem
         return found
@@ -204,7 +202,8 @@ class LanguageModel:
         return ((b @ a) * self.module.get_submodule(stem).scaling["default"]).to(whole.dtype)
 
     def hf_name(self, name: str) -> str:
-        """The name in a Hugging Face folder of a parameter of `module`."""
+        """The name in `network`, were there no adapter, of a parameter of `module`. A folder has it under the same
+        name, but for mixtures (`model/mixture.py`)."""
         prefix = "base_model.model." if isinstance(self.module, PeftModel) else ""
         return name.removeprefix(prefix).replace(".base_layer", "")
 

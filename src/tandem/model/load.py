@@ -203,6 +203,8 @@ def without_dropout(network: PreTrainedModel) -> PreTrainedModel:
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        elif hasattr(module, "jitter_noise"):  # A router's.
+            module.jitter_noise = 0.0
     return network
 
 

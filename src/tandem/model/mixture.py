@@ -1,16 +1,17 @@
 """Mixtures of experts: a model has the experts of a layer in one tensor, its Hugging Face folder has them apart."""
 
 from collections.abc import Iterator
+from functools import cache
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-MIXTURES = frozenset({"qwen2_moe", "qwen3_moe"})
+MIXTURES = frozenset({"mixtral", "qwen2_moe", "qwen3_moe"})
 """Model types whose experts are understood."""
 
-PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""The weights of all experts of a layer, [experts, out, in], and what stands for each of them in the folder: per
-expert these, one above the other."""
+WEIGHTS = frozenset({"gate_up_proj", "down_proj"})
+"""The weights of all experts of a layer, [experts, out, in]."""
 
 
 def is_mixture(config: PreTrainedConfig) -> bool:
@@ -20,23 +21,36 @@ def is_mixture(config: PreTrainedConfig) -> bool:
 def experts_in(module: nn.Module) -> Iterator[nn.Module]:
     """The modules that hold all experts of a layer, which have no weights but these."""
     for inner in module.modules():
-        if {name for name, _ in inner.named_parameters(recurse=False)} == set(PROJECTIONS):
+        if {name for name, _ in inner.named_parameters(recurse=False)} == WEIGHTS:
             yield inner
 
 
-def apart(name: str, weight: Tensor, first: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Views of a mixture's weight by their names in its folder, where it has several; else the weight by its name.
+@cache
+def names_in_folder(family: str, name: str) -> tuple[str, ...]:
+    """What stands in the folder of a model of this type for the model's weight of this name: its name there, or of the
+    experts of a layer one or more, with `*` for the number of an expert, whose weight is theirs above each other."""
+    names = [name]
+    for step in get_checkpoint_conversion_mapping(family) if family in MIXTURES else ():
+        [here] = step.target_patterns
+        names = [
+            n.replace(here, there) for n in names for there in (step.source_patterns if here in n else [here])
+        ]
+    return tuple(names)
 
-    Rows are experts, from number `first` on.
+
+def apart(family: str, name: str, weight: Tensor, first: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Views of a model's weight by their names in its folder; `family` is the model's type. A weight that is one tensor
+    there comes as it is.
+
+    Rows of experts are numbered from `first` on.
     """
-    stem, _, leaf = name.rpartition(".experts.")
-    if not stem or leaf not in PROJECTIONS:
-        yield name, weight
+    names = names_in_folder(family, name)
+    if "*" not in names[0]:
+        yield names[0], weight
         return
-    projections = PROJECTIONS[leaf]
     for index, expert in enumerate(weight, first):
-        for projection, part in zip(projections, expert.chunk(len(projections))):
-            yield f"{stem}.experts.{index}.{projection}.weight", part
+        for there, part in zip(names, expert.chunk(len(names))):
+            yield there.replace("*", str(index)), part
 
 
 def experts_first(name: str, factor: Tensor, experts: int) -> Tensor:

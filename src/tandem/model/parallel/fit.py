@@ -23,7 +23,8 @@ def check_fit(layout: Layout, config: PreTrainedConfig, world: int, where: str) 
         raise ConfigError(f"{where}: {cause}") from None
     _check_pipeline(layout, config, where)
     if layout.expert > 1 and not (is_mixture(config) and config.num_experts % layout.expert == 0):
-        held = f"{config.num_experts} experts" if is_mixture(config) else "no experts that Tandem can split"
+        none = f"no experts that Tandem can split, as it can those of {', '.join(sorted(MIXTURES))}"
+        held = f"{config.num_experts} experts" if is_mixture(config) else none
         raise ConfigError(f"{where}.expert={layout.expert}: the model ({config.model_type}) has {held}")
     for what in SPLIT:
         if getattr(config, what) % layout.tensor:

@@ -27,7 +27,7 @@ from tandem.model.load import (
     with_adapter,
     without_dropout,
 )
-from tandem.model.mixture import apart, as_saved, experts_first, is_mixture
+from tandem.model.mixture import apart, as_saved, experts_first
 from tandem.model.new import new_network
 from tandem.model.parallel.expert import first_row
 from tandem.model.parallel.fit import check_adapter
@@ -127,14 +127,9 @@ def read_weights(model: ShardedModel, folder: Path, optional: frozenset[str] = f
     for name, weight in model.module.named_parameters():
         if ".lora_" in name:
             continue
-        key = model.hf_name(name)
-        if is_mixture(model.network.config):
-            first = first_row(weight, model.parts[name], model.grid)
-            views = list(apart(key, local(weight), first))
-            if [view for view, _ in views] != [key]:
-                targets |= {view: Target(name, weight, values, whole=True) for view, values in views}
-                continue
-        targets[key] = Target(name, weight, local(weight))
+        here, first = local(weight), first_row(weight, model.parts[name], model.grid)
+        for key, values in apart(model.network.config.model_type, model.hf_name(name), here, first):
+            targets[key] = Target(name, weight, values, whole=values is not here)
     if optional:
         there = tensors_in(folder)
         targets = {key: target for key, target in targets.items() if key in there or key not in optional}
