@@ -37,6 +37,7 @@ ENGINE = {"kind": "vllm", "kv_cache_mb": 64, "eager": True, "max_model_len": 128
 PLACED = {"cpus": 1, "start_timeout_s": 300, "engine_timeout_s": 180, "learner_timeout_s": 180}
 # On a CPU vLLM has no attention for heads narrower than these.
 WIDE_HEADS = {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "max_positions": 256}
+NAMED = "/dev/shm/"
 REWARD = Path(__file__).parents[1] / "benchmarks" / "reward.py"
 
 
@@ -85,9 +86,20 @@ def test_apart_every_step_samples_from_the_weights_of_the_step_before_though_the
 
 
 @pytest.mark.parametrize(("learners", "layout"), [(1, {}), (2, {"tensor": 2})])
-def test_an_adapter_travels_alone_and_is_applied_by_a_worker_per_device(tmp_path, learners, layout):
+def test_an_adapter_travels_alone_and_is_applied_by_a_worker_per_device(
+    tmp_path, monkeypatch, learners, layout
+):
     """By files, version after version, from one learner to one worker of vLLM, and from two that hold the model
-    together to two. The rate is high, so that an older adapter would be far off."""
+    together to two. The rate is high, so that an older adapter would be far off. The workers' memory is nobody's when
+    they are gone."""
+    close, shared = Engines.close, set()
+
+    def watched(self):
+        (engine,) = pids(tmp_path / "run", "engine")
+        shared.update(m.path for worker in family(engine) for m in worker.memory_maps() if NAMED in m.path)
+        close(self)
+
+    monkeypatch.setattr(Engines, "close", watched)
     tokenizer = new_tokenizer()
     size = NewModel(**WIDE_HEADS | {"kv_heads": 2})
     LanguageModel(new_network(size, tokenizer, 0), tokenizer, "base").save(tmp_path / "base")
@@ -100,6 +112,8 @@ def test_an_adapter_travels_alone_and_is_applied_by_a_worker_per_device(tmp_path
     )
     assert [row["version"] for row in rows] == [1, 2, 3]
     assert all(row["rollout/logp_gap_max"] < 1e-4 and row["actor/updates"] == 1 for row in rows)
+    assert learners == 1 or any("psm_" in path for path in shared), "vLLM has some"
+    assert not [path for path in shared if Path(path).exists()]
 
 
 def test_colocated_a_flipped_byte_on_the_way_stops_the_run_with_the_tensors_name(tmp_path, monkeypatch):

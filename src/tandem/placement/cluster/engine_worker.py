@@ -100,6 +100,12 @@ class EngineWorker(Process):
         """Give the device's memory to the learner beside it; the next version of the weights wakes the engine."""
         self.engine.sleep()
 
+    def close(self) -> None:
+        """vLLM's processes share memory by names, which a killed one would leave behind."""
+        if isinstance(self._engine, VllmEngine):
+            self._engine.close()
+            self._engine = None
+
     def _keep(self, index: int, completion: Completion) -> None:
         self._finished.append((index, completion))
 

@@ -26,6 +26,8 @@ log = logging.getLogger("tandem.engines")
 
 ROOM_S = 5.0
 """An engine that is still being placed after so long may have no node that takes it."""
+END_S = 5.0
+"""Longest wait for an engine that ends."""
 LOOK_S = 0.2
 """Longest wait before signals and restarts are looked after again."""
 ASLEEP = -1
@@ -180,8 +182,12 @@ class Engines:
                 seat.worker.kill()
 
     def close(self) -> None:
-        """Whoever still waits for answers gets an error."""
+        """Whoever still waits for answers gets an error; engines that are idle give back what outlives them."""
         self._closing = True
+        with self._turns:
+            idle = [seat.worker for seat in self.seats if seat.worker and not seat.work and not seat.taking]
+            for call in [worker.call("close") for worker in idle]:
+                call.settle(END_S)
 
     def _awaited(self, seat: Seat) -> bool:
         """Weights are on their way to it, and it is not one that replaces another, which nobody waits for."""
