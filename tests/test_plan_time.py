@@ -201,3 +201,27 @@ def test_the_times_of_a_step_on_this_machine_are_near_those_expected(tmp_path):
         if all(0.8 < ratio < 1.2 for ratio in tries[-1].values()):
             return
     raise AssertionError(f"expected over measured seconds: {tries}")
+
+
+@pytest.mark.alone
+def test_the_time_of_an_engine_that_has_half_of_a_steps_answers_is_near_that_expected(tmp_path):
+    """By rates of engines that have all of them and a quarter, in the best of a few tries."""
+    changes = {
+        "model": {"new": {"hidden_size": 512, "layers": 4, "heads": 4, "kv_heads": 2, "max_positions": 256}},
+        "sampling": {"prompts_per_step": 4, "answers_per_prompt": 8, "max_answer_tokens": 64},
+        "data": {"max_prompt_tokens": 48, "eval": None},
+        "learner": {"tokens_per_forward": 2560},
+    }
+    run = load(recipe(tmp_path, **changes))
+    engine = EmbeddedEngine(load_model(run.model, new_tokenizer(), torch.device("cpu")), run.sampling.slots)
+    requests = [Request(tokens=tuple(range(k // 8, k // 8 + 48)), key=k) for k in range(16)]
+    params = SamplingParams(max_tokens=64, min_tokens=64)
+    shape, lengths, tries = footprint.shape_of(run.model, None), lengths_of(run, None, None), []
+    half = work.decoding(run, shape, lengths, 16, 16, joined=True)
+    for _ in range(4):
+        rates = measured(run, lengths, run.threads)
+        expected, *_ = times(half, shape, rates, links(rates, 1, 1), 1, 4)
+        tries.append(expected / typical(lambda: engine.generate(requests, params)))
+        if 0.8 < tries[-1] < 1.2:
+            return
+    raise AssertionError(f"expected over measured seconds: {tries}")

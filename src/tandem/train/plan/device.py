@@ -189,6 +189,8 @@ class Rates:
     """Seconds that a decoding step takes beside its layers, however little it computes."""
     layer_s: float
     """The same for each layer."""
+    start_s: float = 0.0
+    """Seconds for each layer before the first token, beside the prompts."""
     near: float
     far: float
     host: float

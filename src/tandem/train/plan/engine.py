@@ -135,7 +135,7 @@ def times(
         work.cache / tensor / work.steps / rates.bandwidth, work.step.attention / tensor / rates.decode
     )
     fixed = rates.step_s + shape.layers * rates.layer_s
-    prompts = forward(shape, work.prompts).total / tensor / rates.forward
+    prompts = forward(shape, work.prompts).total / tensor / rates.forward + shape.layers * rates.start_s
     sums = 2 * shape.layers
 
     def joining(tokens: float) -> float:

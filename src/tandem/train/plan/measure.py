@@ -19,11 +19,12 @@ from tandem.model.new import new_tokenizer
 from tandem.model.parallel.grid import Grid
 from tandem.model.parallel.load import kind_of
 from tandem.model.parallel.model import ShardedModel
+from tandem.model.product import FEW
 from tandem.train import footprint
 from tandem.train.footprint import Shape
 from tandem.train.memory import several
 from tandem.train.plan.device import Rates
-from tandem.train.plan.work import Lengths, Tokens, decoding, forward, update
+from tandem.train.plan.work import Decoding, Lengths, Tokens, decoding, forward, update
 from tandem.train.profile import measure_rates
 
 LARGEST = 10**8
@@ -153,8 +154,8 @@ def learner_rates(run: Run, model: LanguageModel, shape: Shape, lengths: Lengths
 def engine_rates(
     run: Run, model: LanguageModel, shape: Shape, lengths: Lengths, rates: Rates
 ) -> dict[str, float]:
-    """From decoding steps with one answer, and with as many as there are slots: what these take more, beside their keys
-    and values, they multiply."""
+    """From decoding steps with as many answers as there are slots, and with a quarter of them: time is a line through
+    both, for one answer is quicker than that."""
     p, steps = round(lengths.prompt), min(round(lengths.answer), STEPS)
     engine = EmbeddedEngine(model, run.sampling.slots, run.learner.room())
     short = replace(lengths, answer=float(steps), longest_answer=steps)
@@ -167,15 +168,24 @@ def engine_rates(
         params = SamplingParams(max_tokens=tokens, min_tokens=tokens)
         return typical(lambda: engine.generate(requests, params))
 
-    def step(answers: int) -> float:
-        return max(1e-7, (seconds(answers, steps) - seconds(answers, 1)) / max(1, steps - 1))
+    def sampled(answers: int) -> tuple[Decoding, float, float]:
+        """What is done, and seconds until the first token and, without keys and values, of each further one."""
+        work, first = decoding(run, shape, short, answers, answers, joined=True), seconds(answers, 1)
+        each = (seconds(answers, steps) - first) / max(1, steps - 1)
+        return work, first, max(1e-7, each - work.cache / work.steps / rates.bandwidth)
 
     slots = min(run.sampling.slots, run.rollouts_per_step)
-    one, all_of_them = step(1), step(slots)
-    work = decoding(run, shape, short, slots, slots, joined=True)
-    layer = max(0.0, one - work.weights / rates.bandwidth) / shape.layers
-    more = all_of_them - one - work.cache / work.steps / rates.bandwidth
-    return {"layer_s": layer, "decode": work.step.products / max(1e-7, more)}
+    few, first, each = sampled(max(-(-slots // 4), min(FEW, slots // 2)))
+    many, _, each_of_many = sampled(slots)
+    more = many.step.products - few.step.products
+    decode = more / max(1e-7, each_of_many - each) if more else rates.decode
+    fixed = each - few.weights / rates.bandwidth - few.step.products / decode
+    start = first - each - forward(shape, few.prompts).total / rates.forward
+    return {
+        "decode": decode,
+        "layer_s": max(0.0, fixed) / shape.layers,
+        "start_s": max(0.0, start) / shape.layers,
+    }
 
 
 def typical(act: Callable[[], object]) -> float:

@@ -27,7 +27,7 @@ from tandem.train.plan.work import Lengths
 
 SMALL, LARGE = 2**14, 2**22
 """Bytes that are exchanged."""
-SECONDS = ("step_s", "layer_s")
+SECONDS = ("step_s", "layer_s", "start_s")
 """Rates of which more is worse."""
 ROUNDS, TURNS = 5, 8
 """Times that each is measured, and exchanges in each of them."""
