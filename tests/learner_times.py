@@ -16,7 +16,9 @@ from tandem.config import load
 from tandem.config.layout import Layout
 from tandem.config.run import Run
 from tandem.device import set_threads
+from tandem.engine import EmbeddedEngine, Request, SamplingParams
 from tandem.learner import Actor
+from tandem.model import load as load_model
 from tandem.model.new import new_tokenizer
 from tandem.model.parallel.grid import Grid, connect
 from tandem.model.parallel.load import load_sharded
@@ -28,35 +30,31 @@ TIMED: dict[str, dict[str, Any]] = {
     "tensor": {"tensor": 2},
     "context": {"context": 2},
     "pipeline": {"pipeline": 2},
+    "tensor without sequence": {"tensor": 2, "sequence": False},
+    "interleaved pipeline": {"pipeline": 2, "pipeline_chunks": 2},
 }
 GROUPS, PROMPT, ANSWERS, ANSWER = 4, 48, 8, 64
 
 
-ROUNDS = 5
+ROUNDS = 4
 
 
 def seconds_of_each(rank: int, world: int, address: str, place: str) -> None:
-    """Writes `seconds.json`: for each layout the median seconds of the two phases. Layouts take turns, so that a slow
-    minute of the machine hits all of them; the first round does not count."""
+    """Writes `seconds.json`: median seconds of two phases in each layout, and of a rollout. They take turns, so that
+    a slow minute of the machine hits all of them."""
     connect(rank, world, address, torch.device("cpu"), timeout_s=120)
     folder = Path(place)
     run = load(folder / "small.yaml")
     set_threads(run.placement.cpus)
     part = full_step(GROUPS, PROMPT, ANSWERS, ANSWER)
-    actors = {name: actor(run, sizes) for name, sizes in TIMED.items()}
-    rounds = [
-        {
-            f"{name}, {phase}": until_all_have(act)
-            for name, actor in actors.items()
-            for phase, act in (
-                ("update", partial(actor.update, [part], 0.0)),
-                ("old log-probs", partial(actor.logprobs, part)),
-            )
-        }
-        for _ in range(ROUNDS + 1)
-    ]
+    phases: dict[str, Callable[[], object]] = {"rollout": share_of_answers(run, rank, world)}
+    for name, sizes in TIMED.items():
+        pupil = actor(run, sizes)
+        phases[f"{name}, update"] = partial(pupil.update, [part], 0.0)
+        phases[f"{name}, old log-probs"] = partial(pupil.logprobs, part)
+    rounds = [{name: until_all_have(act) for name, act in phases.items()} for _ in range(ROUNDS)]
     if rank == 0:
-        found = {key: median(each[key] for each in rounds[1:]) for key in rounds[0]}
+        found = {name: median(each[name] for each in rounds) for name in phases}
         (folder / "seconds.json").write_text(json.dumps(found))
 
 
@@ -65,8 +63,20 @@ def actor(run: Run, sizes: dict[str, Any]) -> Actor:
     return actor_of(run, load_sharded(run.model, new_tokenizer(), grid))
 
 
+def share_of_answers(run: Run, rank: int, world: int) -> Callable[[], object]:
+    """An engine of this process that samples its part of a step's answers."""
+    engine = EmbeddedEngine(load_model(run.model, new_tokenizer(), torch.device("cpu")), run.sampling.slots)
+    mine = range(rank * GROUPS // world, (rank + 1) * GROUPS // world)
+    requests = [
+        Request(tokens=tuple(range(i, i + PROMPT)), key=ANSWERS * i + k) for i in mine for k in range(ANSWERS)
+    ]
+    return partial(engine.generate, requests, SamplingParams(max_tokens=ANSWER, min_tokens=ANSWER))
+
+
 def until_all_have(act: Callable[[], object]) -> float:
-    """Seconds until all processes have done it."""
+    """Seconds until all processes have done it, the second time: what was done last has filled caches and the
+    allocator with other sizes."""
+    act()
     dist.barrier()
     began = time.perf_counter()
     act()

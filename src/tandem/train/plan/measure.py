@@ -6,6 +6,7 @@ from dataclasses import replace
 from statistics import median
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -189,10 +190,18 @@ def engine_rates(
 
 
 def typical(act: Callable[[], object]) -> float:
-    """Seconds, the median of a few after one that does not count."""
+    """Seconds until all processes that measure together have done it, the median of a few after one that does not
+    count."""
+    wait = dist.barrier if dist.is_initialized() else nothing
     times = []
     for _ in range(ROUNDS + 1):
+        wait()
         began = time.perf_counter()
         act()
+        wait()
         times.append(time.perf_counter() - began)
     return median(times[1:])
+
+
+def nothing() -> None:
+    """A process alone waits for nobody."""

@@ -20,6 +20,8 @@ OPTIMIZER_BYTES = 28
 BETWEEN_BYTES = 80
 """Read and written for each number of a token's hidden state by the two norms and the two sums of a layer, forward; and
 twice as much backward."""
+TURN_COPIES = 4
+"""Times that what attention's heads exchange is read or written, to be in order before and after."""
 INDEX = 8
 """Bytes of a number that counts or chooses."""
 
@@ -161,10 +163,10 @@ class Trainer:
             joined = ((1 if shape.experts else 2) * layers + 1) * self._into_and_out(wide)
         if axes.context > 1:
             query, key_value = shape.query / axes.tensor, shape.key_value / shape.layers / axes.tensor
-            turned = layers * sum(
-                self.links.exchange(line * width * self._word, axes.context, axes.tensor)
-                for width in (query + key_value, query)
-            )
+            for width in (query + key_value, query):
+                size = line * width * self._word
+                turned += layers * self.links.exchange(size, axes.context, axes.tensor)
+                turned += layers * TURN_COPIES * size / self.rates.bandwidth
         if axes.expert > 1:
             copies = shape.active * wide / axes.tensor
             routed = 2 * layers * self.links.exchange(copies, axes.expert, axes.tensor)
