@@ -44,6 +44,9 @@ class SlowEngine:
     def update(self, offer: Offer, probe: tuple[int, ...] | None) -> None:
         self.version = offer.version
 
+    def close(self) -> None:
+        self.dead.set()
+
     def pause(self, version: int) -> None:
         self.wanted = version
 
@@ -99,6 +102,9 @@ class ThreadCall:
 
     def result(self, timeout_s: float) -> Any:
         return self.future.result(timeout_s)
+
+    def settle(self, timeout_s: float) -> None:
+        wait([self.future], timeout_s)
 
 
 class ThreadWorker:

@@ -22,6 +22,7 @@ from tandem.model import LanguageModel, load
 from tandem.model.mixture import apart
 from tandem.model.new import new_tokenizer
 from tandem.model.parallel.fit import check_fit
+from tandem.model.value import load_value, value_like
 from tiny_models import SHAPE, network, randomized
 
 
@@ -246,6 +247,9 @@ def test_noise_of_a_router_is_off(tmp_path):
     said_T = torch.tensor(policy_logp(model, PROBE))
     model.module.train()
     assert torch.equal(torch.tensor(policy_logp(model, PROBE)), said_T)
+    for critic in (value_like(model), load_value(str(tmp_path), "fp32", new_tokenizer(), CPU)):
+        noises = [m.jitter_noise for m in critic.network.modules() if hasattr(m, "jitter_noise")]
+        assert noises and not any(noises)
 
 
 @pytest.mark.parametrize(

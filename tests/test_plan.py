@@ -4,7 +4,7 @@ import time
 from dataclasses import asdict
 
 import pytest
-from transformers import PreTrainedConfig
+from transformers import Olmo2Config, OlmoeConfig, PreTrainedConfig
 
 from plan_runs import LARGE, large, planned
 from small_recipe import recipe
@@ -135,9 +135,14 @@ def test_one_learner_is_offered_no_layout(tmp_path):
 
 
 @pytest.mark.parametrize("world", [8, 12])
-def test_layouts_are_those_that_the_trainer_allows(world):
-    config: PreTrainedConfig = LARGE["dense"]
-    rules = Rules(config, 0, world)
+@pytest.mark.parametrize(
+    ("config", "experts"),
+    [(LARGE["dense"], 0), (OlmoeConfig(num_experts=8), 8), (Olmo2Config(), 0)],
+    ids=["llama", "olmoe", "olmo2"],
+)
+def test_layouts_are_those_that_the_trainer_allows(world, config: PreTrainedConfig, experts):
+    """Of the second it splits neither experts nor the line of layers, of the third not the latter."""
+    rules = Rules(config, experts, world)
     found = [axes for axes in layouts(world, rules, 10**6) if isinstance(axes, Axes)]
     assert len(set(found)) == len(found)
     for axes in found:

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from plan_runs import LARGE, large, planned
+from plan_runs import LARGE, large, planned, trainer
 from tandem.train import footprint
 from tandem.train.plan import work
-from tandem.train.plan.axes import Rules
+from tandem.train.plan.axes import Axes, Rules
 from tandem.train.plan.device import assumed, find
 from tandem.train.plan.engine import Engine, engines, times
 from tandem.train.plan.link import links
@@ -18,14 +18,18 @@ from tandem.train.plan.request import lengths_of
 VLLM = ["engine.kind=vllm", "placement.kind=colocated"]
 
 
-def widths(run, count: int, per_node: int, samplers: int = 0) -> list[int]:
-    """Devices of each engine, where memory is plenty."""
+def fitting(run, count: int, per_node: int, samplers: int = 0) -> dict[int, Engine]:
+    """Engines where memory is plenty, by the devices of each."""
     rates, shape = assumed(find("h200"), "bf16"), footprint.shape_of(run.model, None)
     place, rules = links(rates, count, per_node), Rules(LARGE["dense"], 0, per_node)
     found = engines(
-        run, shape, lengths_of(run, 512, 100), rates, place, rules, 1e12, whole=False, samplers=samplers
+        run, shape, lengths_of(run, 512, 100), rates, place, rules, 1e13, whole=False, samplers=samplers
     )
-    return [engine.tensor for engine in found if isinstance(engine, Engine)]
+    return {engine.tensor: engine for engine in found if isinstance(engine, Engine)}
+
+
+def widths(run, count: int, per_node: int, samplers: int = 0) -> list[int]:
+    return list(fitting(run, count, per_node, samplers))
 
 
 def test_only_vllm_is_spread_over_the_devices_of_several_learners(tmp_path):
@@ -73,6 +77,27 @@ def test_wide_engines_on_the_learners_devices_take_and_last_what_their_parts_do(
         assert offer.peak <= made.rates.usable
     made.offers = offers[:1]
     assert f"{offers[0].engine.count} x tensor={offers[0].engine.tensor}" in text(made)
+
+
+def test_an_engine_of_another_type_takes_and_is_sent_weights_of_that_type(tmp_path):
+    """Twice as much in fp32 as in the learner's bf16, and keys and values with it."""
+    runs = [large(tmp_path, "dense", *VLLM, f"engine.dtype={dtype}") for dtype in ("bf16", "fp32")]
+    half, whole = (fitting(run, 16, 8) for run in runs)
+    assert half.keys() == whole.keys() == {1, 2, 4, 8}
+    for tensor, engine in whole.items():
+        assert engine.weights == 2 * half[tensor].weights and engine.slots == half[tensor].slots
+        assert engine.cache == 2 * half[tensor].cache
+    sent = [trainer(run, Axes(shard=8), 8).transfer() for run in runs]
+    assert sent[1] == pytest.approx(2 * sent[0], rel=0.01)
+
+
+def test_a_wide_engine_is_vllms_whatever_the_recipe_has(tmp_path):
+    """Its answers at a time are vLLM's, not the embedded engine's slots."""
+    keys = ("placement.kind=apart", "sampling.slots=8")
+    ours, vllm = (large(tmp_path, "dense", *keys, *more) for more in ((), VLLM[:1]))
+    found, wanted = (fitting(run, 16, 8, samplers=16) for run in (ours, vllm))
+    assert found.keys() == wanted.keys() == {1, 2, 4, 8}
+    assert all(found[tensor] == wanted[tensor] for tensor in (2, 4, 8)) and found[1].slots == 8
 
 
 def test_every_device_of_an_engine_takes_all_of_the_weights_that_travel(tmp_path):

@@ -68,6 +68,11 @@ class Run(Section):
         return self.sampling.prompts_per_step * self.sampling.answers_per_prompt
 
     @property
+    def engine_dtype(self) -> Literal["fp32", "bf16"]:
+        """Type of the weights that answers are sampled with."""
+        return self.engine.dtype or self.model.dtype
+
+    @property
     def total_updates(self) -> int:
         return self.steps * self.learner.updates_per_step * self.learner.epochs_per_step
 

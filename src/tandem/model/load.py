@@ -199,7 +199,7 @@ def load_network(
 
 
 def without_dropout(network: PreTrainedModel) -> PreTrainedModel:
-    """The same model, whose updates see the log-probabilities that its answers were sampled with."""
+    """The same model, whose updates compute what was computed of its answers before, on any processes."""
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

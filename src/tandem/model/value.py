@@ -27,6 +27,7 @@ from tandem.model.load import (
     first_line,
     load_tokenizer,
     shapes_in,
+    without_dropout,
 )
 
 KEY, REWARD_KEY = "critic.path", "reward.model.path"
@@ -91,13 +92,14 @@ def empty_value(
     config.num_labels = 1
     try:
         with init_empty_weights(include_buffers=False):
-            return AutoModelForSequenceClassification.from_config(
+            network = AutoModelForSequenceClassification.from_config(
                 config, dtype=dtype, attn_implementation=NAME, trust_remote_code=trust
             )
     except ValueError as cause:
         raise ConfigError(
             f"{key}: no model of values can be made of this one: {first_line(cause)}"
         ) from cause
+    return without_dropout(network)
 
 
 def check_bias(key: str, source: str, names: Collection[str]) -> None:
@@ -139,4 +141,4 @@ def read_network(
     check_bias(key, source, report["unexpected_keys"])
     if HEAD in report["missing_keys"]:
         torch.nn.init.zeros_(network.score.weight)
-    return network
+    return without_dropout(network)

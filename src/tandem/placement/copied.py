@@ -97,7 +97,7 @@ def vllm_engine(run: Run, model: LanguageModel, folder: Path) -> VllmEngine:
     return VllmEngine(
         existing(run.model.path) if adapter else str(described(model, folder)),
         run.engine,
-        dtype=DTYPES[run.engine.dtype or run.model.dtype],
+        dtype=DTYPES[run.engine_dtype],
         tokenizer=model.tokenizer,
         stop_tokens=model.stop_tokens,
         lora=run.model.lora,

@@ -58,7 +58,7 @@ def engines(run: Run, answer: Batch, wrong_T: Tensor) -> str:
 
 
 def engine_dtype(run: Run) -> torch.dtype:
-    return DTYPES[run.engine.dtype or run.model.dtype]
+    return DTYPES[run.engine_dtype]
 
 
 def excess(logp_BT: Tensor, batch: Batch, tolerance: float) -> Tensor:

@@ -189,7 +189,7 @@ def memory(
     """What the fullest process of a layout takes at its peak; `reference` is given where the run holds a reference
     model of its own, which has a layout of its own."""
     learner, apart = run.learner, run.placement.kind == "apart"
-    engine = sampling(run, shape, longest_prompt, DTYPES[run.model.dtype].itemsize)
+    engine = sampling(run, shape, longest_prompt, DTYPES[run.engine_dtype].itemsize)
     each = [
         replace(
             learning_at(run, shape, learner.layout, learner.optimizer, longest_prompt, stages),
@@ -298,7 +298,7 @@ def sampling(run: Run, shape: Shape, longest_prompt: int, word: int) -> dict[str
 
 def lays_out(run: Run, slots: int) -> bool:
     """Whether an engine on a CPU holds its weights a second time while it samples."""
-    return run.engine.kind == "embedded" and run.model.dtype == "fp32" and slots >= FEW
+    return run.engine.kind == "embedded" and run.engine_dtype == "fp32" and slots >= FEW
 
 
 def asked(run: Run, engines: int = 1) -> tuple[int, int]:

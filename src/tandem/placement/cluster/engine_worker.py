@@ -143,8 +143,7 @@ def reading_end(road: str, device: torch.device) -> Road:
 
 
 def embedded(run: Run, log: Path) -> ReceivingEngine:
-    dtype = run.engine.dtype or run.model.dtype
-    config = run.model.model_copy(update={"dtype": dtype})
+    config = run.model.model_copy(update={"dtype": run.engine_dtype})
     model = load(config, tokenizer_of(config), pick(run.device), seed=run.seed)
     return ReceivingEngine(model, FilesRoad(), run.sampling.slots, run.learner.room())
 

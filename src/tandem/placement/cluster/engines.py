@@ -185,9 +185,11 @@ class Engines:
         """Whoever still waits for answers gets an error; engines that are idle give back what outlives them."""
         self._closing = True
         with self._turns:
-            idle = [seat.worker for seat in self.seats if seat.worker and not seat.work and not seat.taking]
-            for call in [worker.call("close") for worker in idle]:
-                call.settle(END_S)
+            ends = time.monotonic() + END_S
+            taking = [seat.taking[0] for seat in self.seats if seat.taking and seat.taking[1]]
+            idle = [seat.worker for seat in self.seats if seat.worker and not seat.work]
+            for call in [*taking, *(worker.call("close") for worker in idle)]:
+                call.settle(max(0.0, ends - time.monotonic()))
 
     def _awaited(self, seat: Seat) -> bool:
         """Weights are on their way to it, and it is not one that replaces another, which nobody waits for."""

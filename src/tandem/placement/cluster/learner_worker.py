@@ -85,7 +85,7 @@ class LearnerWorker(Process):
         Versions of the weights for the engines go below `root`, or through Ray."""
         with at_hand(weights) as start, at_hand(reference) as folder:
             self._load(address, start, folder)
-        self.dtype = DTYPES[self.run.engine.dtype or self.run.model.dtype]
+        self.dtype = DTYPES[self.run.engine_dtype]
         self.weights = self._weights()
         self.road = self._sending_end(root)
         return self._facts() if self.rank == 0 else None

@@ -9,7 +9,8 @@ from transformers import PreTrainedConfig
 from tandem.config.layout import Layout
 from tandem.config.sections import Lora
 from tandem.errors import ConfigError
-from tandem.model.parallel.fit import check_adapter, check_fit
+from tandem.model.mixture import is_mixture
+from tandem.model.parallel.fit import PIPELINED, check_adapter, check_fit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +86,9 @@ class Rules:
     def __init__(
         self, config: PreTrainedConfig, experts: int, per_node: int, lora: Lora | None = None
     ) -> None:
-        self.config, self.experts, self.per_node, self.lora = config, experts, per_node, lora
+        self.config, self.per_node, self.lora = config, per_node, lora
+        self.experts = experts if is_mixture(config) else 0
+        """That can be split."""
         self._known: dict[tuple[int, int], str | None] = {}
 
     def refusal(self, tensor: int, context: int) -> str | None:
@@ -125,6 +128,9 @@ def layouts(count: int, rules: Rules, sequences: int) -> Iterator[Axes | str]:
                 continue
             for pipeline in divisors(count // (tensor * context)):
                 data = count // (tensor * context * pipeline)
+                if pipeline > 1 and rules.config.model_type not in PIPELINED:
+                    yield f"pipeline={pipeline}: not for models of type {rules.config.model_type}"
+                    continue
                 if pipeline > layers:
                     yield f"pipeline={pipeline} is more than the model's {layers} layers"
                     continue

@@ -61,8 +61,12 @@ def engines(
     for tensor in divisors(devices) if spread else [1]:
         if rules.serves(tensor) and links.hold(devices // tensor, tensor):
             split = (tensor, min(tensor, rules.config.num_key_value_heads))
-            copied = not (whole and tensor == 1)
-            yield _engine(run, shape, lengths, rates, links, devices, split, free, copied=copied)
+            here, copied = (run if tensor == 1 else by_vllm(run)), not (whole and tensor == 1)
+            yield _engine(here, shape, lengths, rates, links, devices, split, free, copied=copied)
+
+
+def by_vllm(run: Run) -> Run:
+    return run.model_copy(update={"engine": run.engine.model_copy(update={"kind": "vllm"})})
 
 
 def _engine(
@@ -80,7 +84,7 @@ def _engine(
     """The engine; or the bytes that are missing for a single answer. `devices`: of all engines. `split`: parts of the
     weights, of the cache."""
     tensor, keys = split
-    word = DTYPES[run.model.dtype].itemsize
+    word = DTYPES[run.engine_dtype].itemsize
     count = devices // tensor
     answers = -(-run.rollouts_per_step // count)
     on_host = not rates.host_memory and lays_out(run, min(run.sampling.slots, answers))
@@ -90,7 +94,7 @@ def _engine(
     if weights + cache + slots * logits > free:
         return weights + cache + slots * logits - free
     at_once = min(slots, answers)
-    joined = run.engine.kind == "embedded" and tensor == 1
+    joined = run.engine.kind == "embedded"
     work = decoding(run, shape, lengths, answers, at_once, joined=joined)
     seconds, communication, reads = times(work, shape, rates, links, tensor, word)
     return Engine(

@@ -273,7 +273,7 @@ class Search:
     def _copy(self, run: Run, axes: Axes) -> int:
         """Bytes on each learner for engines on its device that take the weights by handles: none where they are the
         learner's own, else a whole copy in the engine's type."""
-        kept, wanted = run.model.dtype, run.engine.dtype or run.model.dtype
+        kept, wanted = run.model.dtype, run.engine_dtype
         own = axes.world == 1 or (axes.world == axes.replicate and kept == wanted)
         if run.engine.transfer != "ipc" or run.learner.sleep or own:
             return 0

@@ -243,7 +243,8 @@ class Trainer:
     def transfer(self) -> float:
         """Weights, or of a model with one the adapter, to engines with a copy: gathered, and all of it to each of
         their devices, which takes its part."""
-        size = (self.shape.adapter or self.shape.parameters) * self._word
+        word = DTYPES[self.run.engine_dtype].itemsize
+        size = (self.shape.adapter or self.shape.parameters) * word
         return self.links.all_gather(size, max(2, self.axes.tensor * self.axes.cut), 1)
 
 

@@ -110,7 +110,7 @@ class Decoding:
 
 def decoding(run: Run, shape: Shape, lengths: Lengths, answers: int, slots: int, *, joined: bool) -> Decoding:
     """`joined`: a prompt's keys and values are read once for the answers in flight (the embedded engine)."""
-    word, p, a = DTYPES[run.model.dtype].itemsize, lengths.prompt, lengths.answer
+    word, p, a = DTYPES[run.engine_dtype].itemsize, lengths.prompt, lengths.answer
     steps = max(float(lengths.longest_answer), answers * a / slots)
     group = min(run.sampling.answers_per_prompt, answers)
     prompts = math.ceil(answers / group)
