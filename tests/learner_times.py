@@ -16,9 +16,7 @@ from tandem.config import load
 from tandem.config.layout import Layout
 from tandem.config.run import Run
 from tandem.device import set_threads
-from tandem.engine import EmbeddedEngine, Request, SamplingParams
 from tandem.learner import Actor
-from tandem.model import load as load_model
 from tandem.model.new import new_tokenizer
 from tandem.model.parallel.grid import Grid, connect
 from tandem.model.parallel.load import load_sharded
@@ -34,20 +32,18 @@ TIMED: dict[str, dict[str, Any]] = {
     "interleaved pipeline": {"pipeline": 2, "pipeline_chunks": 2},
 }
 GROUPS, PROMPT, ANSWERS, ANSWER = 4, 48, 8, 64
-
-
 ROUNDS = 4
 
 
 def seconds_of_each(rank: int, world: int, address: str, place: str) -> None:
-    """Writes `seconds.json`: median seconds of two phases in each layout, and of a rollout. They take turns, so that
-    a slow minute of the machine hits all of them."""
+    """Writes `seconds.json`: median seconds of two phases in each layout. They take turns, so that a slow minute of
+    the machine hits all of them."""
     connect(rank, world, address, torch.device("cpu"), timeout_s=120)
     folder = Path(place)
     run = load(folder / "small.yaml")
     set_threads(run.placement.cpus)
     part = full_step(GROUPS, PROMPT, ANSWERS, ANSWER)
-    phases: dict[str, Callable[[], object]] = {"rollout": share_of_answers(run, rank, world)}
+    phases: dict[str, Callable[[], object]] = {}
     for name, sizes in TIMED.items():
         pupil = actor(run, sizes)
         phases[f"{name}, update"] = partial(pupil.update, [part], 0.0)
@@ -61,16 +57,6 @@ def seconds_of_each(rank: int, world: int, address: str, place: str) -> None:
 def actor(run: Run, sizes: dict[str, Any]) -> Actor:
     grid = Grid(Layout(**sizes), torch.device("cpu"), "learner.layout")
     return actor_of(run, load_sharded(run.model, new_tokenizer(), grid))
-
-
-def share_of_answers(run: Run, rank: int, world: int) -> Callable[[], object]:
-    """An engine of this process that samples its part of a step's answers."""
-    engine = EmbeddedEngine(load_model(run.model, new_tokenizer(), torch.device("cpu")), run.sampling.slots)
-    mine = range(rank * GROUPS // world, (rank + 1) * GROUPS // world)
-    requests = [
-        Request(tokens=tuple(range(i, i + PROMPT)), key=ANSWERS * i + k) for i in mine for k in range(ANSWERS)
-    ]
-    return partial(engine.generate, requests, SamplingParams(max_tokens=ANSWER, min_tokens=ANSWER))
 
 
 def until_all_have(act: Callable[[], object]) -> float:
