@@ -43,6 +43,7 @@ FAMILIES = {
     "deep": pipeline_ranks.FAMILIES["qwen2_tied"],
     "experts": expert_ranks.FAMILIES["qwen3_moe"],
     "shared expert": expert_ranks.FAMILIES["qwen2_moe"],
+    "experts by other names": expert_ranks.FAMILIES["mixtral"],
 }
 
 
@@ -89,6 +90,7 @@ CASES = {
         "experts": Case(layout={"expert": 2}, family="experts"),
         "experts of the policy": Case(layout={"expert": 2}, start="policy", family="experts"),
         "shared expert": Case(layout={"expert": 2}, start="policy", family="shared expert"),
+        "experts by other names": Case(layout={"expert": 2}, family="experts by other names"),
     },
 }
 SCORED = {**{name: Case(layout=sizes) for name, sizes in LAYOUTS.items()}, "stages": deep({})}
