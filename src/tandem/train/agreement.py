@@ -16,7 +16,7 @@ itself. bfloat16 rounds in another order in each forward, and its figure leaves 
 
 def check_agreement(actor: Actor, batch: Batch) -> None:
     """Compare the sampler's log-probabilities with the trainer's on answers sampled by the present weights."""
-    tolerance = max(TOLERANCE[actor.dtype], TOLERANCE[engine_dtype(actor.run)])
+    tolerance = max(TOLERANCE[actor.dtype], TOLERANCE[DTYPES[actor.run.engine_dtype]])
     gap_BT = excess(actor.logprobs(batch), batch, tolerance)
     if not bool((gap_BT > 0).any()):
         return
@@ -52,13 +52,9 @@ def engines(run: Run, answer: Batch, wrong_T: Tensor) -> str:
             "the engine from the first token on: it saw another prompt (a template, or a truncation, between the "
             f"tokenizer and it), or its temperature is not sampling.temperature={sampling.temperature:g}"
         )
-    if engine_dtype(run) != DTYPES[run.model.dtype]:
+    if run.engine_dtype != run.model.dtype:
         return f"the dtype: engine.dtype={run.engine.dtype} and model.dtype={run.model.dtype}, or the engine's cache"
     return "the engine's decoding: the first token is right, so its cache is not"
-
-
-def engine_dtype(run: Run) -> torch.dtype:
-    return DTYPES[run.engine_dtype]
 
 
 def excess(logp_BT: Tensor, batch: Batch, tolerance: float) -> Tensor:
