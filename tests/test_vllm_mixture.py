@@ -13,10 +13,12 @@ from transformers import (
 
 from copies import check_probe
 from tandem.config.engine import Engine
+from tandem.config.sections import Lora
 from tandem.engine import Pause, Request, SamplingParams
 from tandem.engine.roads import FilesRoad, MemoryRoad
 from tandem.engine.vllm import VllmEngine, own_specs
 from tandem.engine.weights import ModelWeights, check_specs
+from tandem.errors import ConfigError
 from tandem.model import LanguageModel
 from tandem.model.new import new_tokenizer
 from tiny_models import SHAPE
@@ -63,6 +65,19 @@ def test_the_engine_expects_the_tensors_that_the_trainer_sends(tmp_path, family)
     last = "w2" if family == "mixtral" else "down_proj"
     assert any(f".experts.3.{last}.weight" in spec.name for spec in offer.specs)
     check_specs(offer, own_specs(str(tmp_path), torch.float32, trust_remote_code=False))
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="vLLM takes them on an accelerator")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_engine_on_a_cpu_that_gets_adapters_of_a_mixture_is_not_started(tmp_path, family):
+    """The driver of a cluster does not know its devices. There is nothing to load."""
+    model = mixture(family, 0)
+    model.network.config.save_pretrained(tmp_path)
+    known = {"tokenizer": model.tokenizer, "stop_tokens": model.stop_tokens, "lora": Lora(rank=4)}
+    with pytest.raises(
+        ConfigError, match=r"^engine.kind=vllm: on a CPU vLLM takes no adapters .* of a mixture"
+    ):
+        VllmEngine(str(tmp_path), CONFIG, dtype=torch.float32, **known)
 
 
 @pytest.fixture(scope="module")

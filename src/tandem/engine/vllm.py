@@ -16,6 +16,7 @@ from tandem.engine.random import key
 from tandem.engine.roads import FilesRoad, RoadBroken
 from tandem.engine.sampling import SamplingParams
 from tandem.engine.text import has_stop_text
+from tandem.engine.vllm_adapter import EXPERT, adapter_arguments, check_adapter
 from tandem.engine.vllm_answer import Answer
 from tandem.engine.weights import Offer, TensorSpec, check_specs, dtype_name, specs_of, verified
 from tandem.errors import ConfigError, RunError
@@ -24,8 +25,6 @@ from tandem.model.load import first_line
 if TYPE_CHECKING:
     from vllm import RequestOutput
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Adapter ranks that vLLM makes room for."""
 COLDEST = 0.01
 """vLLM raises temperatures below this to it."""
 
@@ -52,6 +51,9 @@ class VllmEngine:
     ) -> None:
         self.config, self.tokenizer, self.stop_tokens, self.lora = config, tokenizer, stop_tokens, lora
         self.version = 0
+        self._own = own_specs(folder, dtype, trust_remote_code)
+        if lora is not None:
+            check_adapter(lora, folder, any(EXPERT in name for name in self._own))
         self._port = port()
         chosen = arguments(folder, config, dtype, lora, trust_remote_code, fill)
         try:
@@ -62,7 +64,6 @@ class VllmEngine:
             ) from cause
         self.dtype = self._llm.model_config.dtype
         self.max_model_len = int(self._llm.model_config.max_model_len)
-        self._own = own_specs(folder, self.dtype, trust_remote_code)
         self._adapter: Any = None
         self._broken = (
             None if fill else "the engine has no weights yet: send it a version before it generates"
@@ -233,7 +234,7 @@ class VllmEngine:
 
     def _take_adapter(self, offer: Offer) -> None:
         """vLLM reads the adapter from the offer's folder, once the files there are found whole."""
-        if experts := [spec.name for spec in offer.specs if ".experts." in spec.name]:
+        if experts := [spec.name for spec in offer.specs if EXPERT in spec.name]:
             raise RunError(
                 f"vLLM takes no adapters of a mixture's experts, as {experts[0]} is; name other layers in "
                 "model.lora.targets, or set engine.kind=embedded"
@@ -352,10 +353,7 @@ def arguments(
     if config.tensor_parallel > 1:
         chosen["distributed_executor_backend"] = "mp"
     if lora is not None:
-        room = [rank for rank in RANKS if rank >= lora.rank]
-        if not room:
-            raise ConfigError(f"model.lora.rank={lora.rank}: vLLM takes adapters up to rank {RANKS[-1]}")
-        chosen |= {"enable_lora": True, "max_lora_rank": room[0], "max_loras": 1, "max_cpu_loras": 2}
+        chosen |= adapter_arguments(lora)
     return chosen
 
 

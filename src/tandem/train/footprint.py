@@ -12,6 +12,7 @@ from tandem.config.layout import Layout
 from tandem.config.run import Run
 from tandem.config.sections import Model, Optimizer
 from tandem.device import pick
+from tandem.engine.vllm_adapter import EXPERT
 from tandem.model import describe
 from tandem.model.attention import NAME, SCORES
 from tandem.model.load import DTYPES, with_adapter
@@ -149,10 +150,6 @@ def config_of(
     return describe(path, model.trust_remote_code, key).get_text_config()
 
 
-EXPERT = ".experts."
-"""In the name of every weight of an expert."""
-
-
 def bare_network(
     model: Model, tokenizer: PreTrainedTokenizerFast | None, path: str | None = None
 ) -> PreTrainedModel:
@@ -162,6 +159,12 @@ def bare_network(
     trusted = model.trust_remote_code
     config = describe(path or str(model.path), trusted)
     return AutoModelForCausalLM.from_config(config, attn_implementation=NAME, trust_remote_code=trusted)
+
+
+def is_mixture(model: Model) -> bool:
+    """Whether the policy has experts."""
+    with torch.device("meta"):
+        return any(EXPERT in name for name, _ in bare_network(model, None).named_parameters())
 
 
 def experts_in(config: PreTrainedConfig) -> int:

@@ -7,13 +7,14 @@ from transformers import PreTrainedTokenizerBase
 from tandem.config.run import Run
 from tandem.engine import SamplingParams
 from tandem.engine.vllm import check_params, check_room
+from tandem.engine.vllm_adapter import check_adapter
 from tandem.errors import ConfigError
 from tandem.model.language_model import longest_row
 from tandem.model.value import REWARD_KEY
 from tandem.train.beside import paths
 from tandem.train.evaluation import eval_params
 from tandem.train.finding import Line
-from tandem.train.footprint import config_of
+from tandem.train.footprint import config_of, is_mixture
 from tandem.types import Prompt
 
 SHORTER = "lower sampling.max_answer_tokens, or data.max_prompt_tokens with data.on_overlong=skip"
@@ -59,6 +60,9 @@ def check_engine(run: Run, params: SamplingParams, longest: int, positions: int)
     if run.eval.every is not None and run.data.eval is not None:
         check_params(eval_params(run, params), "eval")
     check_room(longest, params, min(positions, run.engine.max_model_len or positions))
+    # On a cluster that is joined an engine looks itself: its devices are not those of this machine.
+    if run.model.lora is not None and run.placement.address is None:
+        check_adapter(run.model.lora, str(run.model.path), is_mixture(run.model))
 
 
 def look_at_rows(run: Run, positions: int, trained: int, held_out: int) -> list[Line]:

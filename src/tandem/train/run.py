@@ -119,14 +119,14 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
     )
     console.print("".join(map(visible, prompts.sentence())), highlight=False, markup=False)
     held_out = held_out_questions(run, tokenizer)
+    params = sampling_params(run, prompts.template, tokenizer)
+    longest_held_out = max((len(prompt.tokens) for prompt in held_out), default=0)
+    check_lengths(run, params, max_positions(run), prompts.lengths.longest, longest_held_out)
     scorer.ready()
     journal = stack.enter_context(Journal(run, folder, console))
     model = None
     if run.placement.kind == "inline" or (resume is None and run.warmup is not None):
         model = load_model(run.model, tokenizer, device, seed=run.seed)
-    params = sampling_params(run, prompts.template, tokenizer)
-    longest_held_out = max((len(prompt.tokens) for prompt in held_out), default=0)
-    check_lengths(run, params, max_positions(run, model), prompts.lengths.longest, longest_held_out)
     warmed = 0.0
     if resume is None:
         begin(run, journal, step, resumes=False)
@@ -156,10 +156,8 @@ def held_out_questions(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[Pro
     return list(held_out_prompts(run, tokenizer).prompts)
 
 
-def max_positions(run: Run, model: LanguageModel | None) -> int:
-    """Of the policy, from its description where it is not loaded in this process."""
-    if model is not None:
-        return model.max_positions
+def max_positions(run: Run) -> int:
+    """Of the policy, from its description."""
     if run.model.new is not None:
         return run.model.new.max_positions
     assert run.model.path is not None
