@@ -13,10 +13,13 @@ from tandem.cli import app
 from tandem.config import load
 from tandem.config.sections import Lora, Model
 from tandem.engine import EmbeddedEngine, Request, SamplingParams, embedded
+from tandem.engine.ipc import ALIGNED, IpcRoad
+from tandem.engine.weights import ModelWeights
 from tandem.errors import ConfigError
 from tandem.learner import Actor
 from tandem.model import load as load_model
 from tandem.model import token_logprobs, tokenizer_of
+from tandem.model.load import DTYPES
 from tandem.model.new import new_tokenizer
 from tandem.train import footprint
 from tandem.train.check import LOOKS, check
@@ -255,6 +258,50 @@ def test_the_memory_of_a_learner_is_that_of_its_part(tmp_path):
         assert part.lasting[what] == pytest.approx(whole.lasting[what] / 4, abs=8)
     assert part.sampling["engine's weights"] == whole.lasting["weights"]
     assert "engine's weights" not in whole.sampling
+
+
+HANDLES = ["placement.kind=colocated", "engine.transfer=ipc"]
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "targets": ["q_proj", "down_proj"]}])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_estimate_of_what_is_kept_for_handles_is_what_they_lead_to(tmp_path, dtype, lora):
+    """On a CPU, where it is a copy in any case."""
+    path = recipe(tmp_path, model={"lora": lora})
+    run = load(path, [*HANDLES, f"engine.dtype={dtype}"])
+    model = load_model(run.model, tokenizer_of(run.model), torch.device("cpu"))
+    road, weights = IpcRoad(model.device), ModelWeights(model, DTYPES[dtype])
+    [handles] = road.offer(0, weights).place.values()
+    held = Path(handles[0][1][0]).stat().st_size
+    road.close()
+    kept = footprint.memory(run, footprint.shape_of(run.model, model.tokenizer), 24, None).lasting
+    assert 0 <= held - kept["copy for engines"] < ALIGNED * len(weights.specs())
+    assert "copy for engines " in findings(path, *HANDLES, f"engine.dtype={dtype}")["memory"][0][1]
+    assert "copy for engines" not in findings(path, HANDLES[0], f"engine.dtype={dtype}")["memory"][0][1]
+
+
+@pytest.mark.parametrize(
+    ("keys", "copied"),
+    [
+        (["engine.dtype=bf16"], 2),
+        (["learner.layout.shard=2"], 4),
+        (["learner.layout.shard=2", "engine.dtype=bf16"], 2),
+        (["learner.layout.tensor=2"], 4),
+        (["learner.layout.replicate=2"], 0),
+        (["learner.layout.replicate=2", "learner.layout.offload_parameters=true"], 4),
+        (["learner.layout.replicate=2", "engine.dtype=bf16"], 2),
+        ([], 0),
+    ],
+)
+def test_on_another_device_handles_lead_to_the_learners_own_tensors_where_they_can(tmp_path, keys, copied):
+    """Bytes per parameter that are kept beside them."""
+    several = any("layout" in key for key in keys)
+    many = [f"placement.{role}={1 + several}" for role in ("learners", "engines")]
+    run = load(recipe(tmp_path), [*HANDLES, *keys, *many, "device=meta"])
+    shape = footprint.shape_of(run.model, tokenizer_of(run.model))
+    axes = Axes.of(run.learner.layout, 1 + several)
+    kept = footprint.memory(run, shape, 24, None, axes).lasting
+    assert kept.get("copy for engines", 0) == copied * shape.parameters
 
 
 def test_a_folder_with_another_run_is_a_problem_and_ones_own_goes_on(tmp_path, quiet):

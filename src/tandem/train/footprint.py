@@ -161,8 +161,8 @@ def bare_network(
     return AutoModelForCausalLM.from_config(config, attn_implementation=NAME, trust_remote_code=trusted)
 
 
-def is_mixture(model: Model) -> bool:
-    """Whether the policy has experts."""
+def has_experts(model: Model) -> bool:
+    """Whether the policy is a mixture of them."""
     with torch.device("meta"):
         return any(EXPERT in name for name, _ in bare_network(model, None).named_parameters())
 
@@ -201,6 +201,8 @@ def memory(
         for stages in fullest_of(axes, shape.layers)
     ]
     need = max(each, key=lambda one: one.learner if apart else one.peak)
+    if copy := copy_for_engines(run, shape, axes):
+        need = replace(need, lasting=need.lasting | {"copy for engines": copy})
     if reference is not None:
         need = need.beside("reference", frozen(run, reference, run.reference.layout, reference_axes))
     return need
@@ -235,6 +237,19 @@ def learning_at(
     if layout.offload_parameters or layout.offload_gradients:
         host["gradients"] = updating.pop("gradients")
     return Memory(lasting=lasting, update=updating, host=host)
+
+
+def copy_for_engines(run: Run, shape: Shape, axes: Axes) -> int:
+    """Bytes on each learner for engines on its device that take the weights by handles (`engine.transfer=ipc`): none
+    where these lead to the learner's own tensors, else all weights once more, in the engine's type. An adapter keeps
+    its own, and a learner that sleeps has no handles to give."""
+    if run.engine.transfer != "ipc" or run.learner.sleep:
+        return 0
+    whole = axes.world == axes.replicate and not run.learner.layout.offload_parameters
+    cast = run.model.dtype != run.engine_dtype and not shape.adapter
+    if whole and not cast and pick(run.device).type != "cpu":
+        return 0
+    return shape.adapter * FLOAT or shape.parameters * DTYPES[run.engine_dtype].itemsize
 
 
 def frozen(run: Run, shape: Shape, layout: Layout, axes: Axes) -> Memory:

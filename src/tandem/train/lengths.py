@@ -14,7 +14,7 @@ from tandem.model.value import REWARD_KEY
 from tandem.train.beside import paths
 from tandem.train.evaluation import eval_params
 from tandem.train.finding import Line
-from tandem.train.footprint import config_of, is_mixture
+from tandem.train.footprint import config_of, has_experts
 from tandem.types import Prompt
 
 SHORTER = "lower sampling.max_answer_tokens, or data.max_prompt_tokens with data.on_overlong=skip"
@@ -62,7 +62,7 @@ def check_engine(run: Run, params: SamplingParams, longest: int, positions: int)
     check_room(longest, params, min(positions, run.engine.max_model_len or positions))
     # On a cluster that is joined an engine looks itself: its devices are not those of this machine.
     if run.model.lora is not None and run.placement.address is None:
-        check_adapter(run.model.lora, str(run.model.path), is_mixture(run.model))
+        check_adapter(run.model.lora, str(run.model.path), has_experts(run.model))
 
 
 def look_at_rows(run: Run, positions: int, trained: int, held_out: int) -> list[Line]:

@@ -10,7 +10,6 @@ from tandem.config.layout import Layout
 from tandem.config.run import Run
 from tandem.config.sections import Optimizer
 from tandem.errors import ConfigError
-from tandem.model.load import DTYPES
 from tandem.train import footprint
 from tandem.train.footprint import Shape, learning_at
 from tandem.train.layouts import check_layouts, holds_reference, not_alone
@@ -271,13 +270,7 @@ class Search:
         return Load(own=own, together=together, asleep=asleep, stays=0 if gone else lasting)
 
     def _copy(self, run: Run, axes: Axes) -> int:
-        """Bytes on each learner for engines on its device that take the weights by handles: none where they are the
-        learner's own, else a whole copy in the engine's type."""
-        kept, wanted = run.model.dtype, run.engine_dtype
-        own = axes.world == 1 or (axes.world == axes.replicate and kept == wanted)
-        if run.engine.transfer != "ipc" or run.learner.sleep or own:
-            return 0
-        return (self.plan.shape.adapter or self.plan.shape.parameters) * DTYPES[wanted].itemsize
+        return footprint.copy_for_engines(run, self.plan.shape, axes)
 
     def _offer(self, axes: Axes, samplers: int, variant: Variant, load: Load, engine: Engine) -> Offer:
         run, learner = variant.run, variant.run.learner
