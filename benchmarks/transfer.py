@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -25,38 +24,13 @@ from shape import Shape, small
 
 from tandem.config.sections import Model
 from tandem.device import set_threads
-from tandem.engine.probe import probe_of
-from tandem.engine.receiver import ReceivingEngine
-from tandem.engine.roads import BroadcastRoad, FilesRoad, MemoryRoad
 from tandem.engine.weights import ModelWeights
 from tandem.model import LanguageModel, load, tokenizer_of
+from tandem.train.plan.way import Way
 
 CPU = torch.device("cpu")
+ROADS = ("memory", "ipc", "files", "broadcast")
 PROOFS = ("none", "checksums", "checksums and probe")
-
-
-class Way:
-    """A sender and its receiver: `send(version, verify)` returns when the engine has that version."""
-
-    def __init__(self, road: str, sender: LanguageModel, receiver: LanguageModel) -> None:
-        self.weights, self._pool = ModelWeights(sender), ThreadPoolExecutor(1)
-        self.road: Any = MemoryRoad() if road == "memory" else FilesRoad()
-        theirs = self.road
-        self._broadcast = road == "broadcast"
-        if self._broadcast:
-            self.road = BroadcastRoad("127.0.0.1", 0, 0, 2, CPU)
-            theirs = BroadcastRoad("127.0.0.1", self.road.port, 1, 2, CPU)
-            joined = self._pool.submit(theirs.connect)
-            self.road.connect()
-            joined.result()
-        self.engine = ReceivingEngine(receiver, theirs, slots=1)
-
-    def send(self, version: int, verify: bool) -> None:
-        offer = self.road.offer(version, self.weights, verify=verify)
-        taking = self._pool.submit(self.engine.update, offer)
-        if self._broadcast:
-            self.road.send(offer, self.weights)
-        taking.result()
 
 
 def timed(act: Callable[[], object]) -> float:
@@ -65,29 +39,27 @@ def timed(act: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def transfer(way: Way, sender: LanguageModel, version: int, proof: str) -> None:
-    """As a run does it: the trainer's probe, the weights, and the engine's word on the probe."""
-    probe = probe_of(sender, torch.float32) if proof == PROOFS[2] else None
-    way.send(version, proof != PROOFS[0])
-    if probe is not None:
-        probe.check("the engine", version, way.engine.score([probe.tokens])[0])
+def transfer(way: Way, proof: str) -> None:
+    """As a run does it: the weights, and what trainer and engine say of the probe."""
+    way.send(proof != PROOFS[0])
+    if proof == PROOFS[2]:
+        way.probe()
 
 
 def measure(sender: LanguageModel, receiver: LanguageModel, rounds: int) -> list[dict[str, Any]]:
-    ways = {road: Way(road, sender, receiver) for road in ("memory", "files", "broadcast")}
+    ways = {road: Way(road, sender, receiver) for road in ROADS}
     seconds: dict[tuple[str, str], list[float]] = {(road, proof): [] for road in ways for proof in PROOFS}
     load: dict[tuple[str, str], list[float]] = {key: [] for key in seconds}
-    version = 0
     # The first round warms up.
     for turn in range(rounds + 1):
         for key in seconds:
-            version += 1
             before = machine.load()
-            took = timed(partial(transfer, ways[key[0]], sender, version, key[1]))
+            took = timed(partial(transfer, ways[key[0]], key[1]))
             if turn:
                 seconds[key].append(took)
                 load[key].append(before)
-    ways["files"].road.close()
+    for way in ways.values():
+        way.close()
     return [
         {
             "contender": road,

@@ -25,9 +25,10 @@ from tandem.train.plan.axes import ALONE, Axes, Rules
 from tandem.train.plan.device import assumed, find
 from tandem.train.plan.engine import Engine, engines, times
 from tandem.train.plan.link import links
-from tandem.train.plan.measure import measured, typical
+from tandem.train.plan.measure import measured
 from tandem.train.plan.plan import plan
 from tandem.train.plan.request import lengths_of
+from tandem.train.plan.typical import typical
 from tandem.train.plan.work import Tokens
 from tiny_models import language_model
 

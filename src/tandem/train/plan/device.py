@@ -174,6 +174,17 @@ class Exchanges:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sending:
+    """What a version of the weights was measured to take from one process to an engine's, with what proves it on
+    average."""
+
+    byte_s: float
+    """Seconds of a byte that travels."""
+    probe_s: float
+    """Seconds of a pass over the probe, of each weight."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
     """What a program reaches."""
 
@@ -203,7 +214,8 @@ class Rates:
     overlaps: bool = True
     """A decoding step reads weights while it multiplies others."""
     exchanges: Exchanges | None = None
-    """Where they were measured."""
+    sending: Sending | None = None
+    """Both where they were measured."""
 
 
 UPDATE, FORWARD, DECODE, BANDWIDTH, LINK, USABLE = 0.4, 0.5, 0.5, 0.7, 0.7, 0.9

@@ -1,12 +1,8 @@
 """What this machine reaches, measured on a short model of the run's widths with random weights."""
 
-import time
-from collections.abc import Callable
 from dataclasses import replace
-from statistics import median
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +10,7 @@ from tandem.config.run import Run
 from tandem.device import free_host_bytes, set_threads
 from tandem.engine import EmbeddedEngine, Request, SamplingParams
 from tandem.model import LanguageModel, token_logprobs
+from tandem.model.asleep import Asleep
 from tandem.model.attention import NAME
 from tandem.model.load import DTYPES
 from tandem.model.new import new_tokenizer
@@ -25,12 +22,15 @@ from tandem.train import footprint
 from tandem.train.footprint import Shape
 from tandem.train.memory import several
 from tandem.train.plan.device import Rates
+from tandem.train.plan.transfer import sending
+from tandem.train.plan.typical import typical
 from tandem.train.plan.work import Decoding, Lengths, Tokens, decoding, forward, update
 from tandem.train.profile import measure_rates
 
 LARGEST = 10**8
 """Weights of the short model at most: above, large products alone are measured."""
-ROUNDS = 5
+SENT = 25 * 10**6
+"""The same of a model that is sent to another."""
 STEPS = 24
 """Tokens that the engine samples."""
 LINK, USABLE = 1e9, 0.9
@@ -44,8 +44,7 @@ def measured(run: Run, lengths: Lengths, threads: int | None, grid: Grid | None 
     dtype = DTYPES[run.model.dtype]
     best = measure_rates(cpu, dtype)
     shape = footprint.shape_of(run.model, None)
-    outside = shape.embedding + (0 if shape.tied else shape.head)
-    layers = int(min(shape.layers, (LARGEST - outside) // ((shape.parameters - outside) / shape.layers)))
+    layers = layers_within(shape, LARGEST)
     common = Rates(
         update=best.flops_per_s,
         forward=best.flops_per_s,
@@ -65,12 +64,20 @@ def measured(run: Run, lengths: Lengths, threads: int | None, grid: Grid | None 
     small = shortened(shape, layers)
     model = short_model(run, layers)
     engine = replace(common, **engine_rates(run, model, small, lengths, common), overlaps=False)
+    engine = replace(engine, sending=sending(run, short_model(run, max(1, layers_within(shape, SENT)))))
     part = f"{layers} of the model's {shape.layers} layers"
+    engine = replace(engine, host=asleep_rate(model))
     origin = f"measured on this machine with {several(threads, 'thread')} on {part}"
     learner = (
         model if grid is None else kind_of(grid)(model.network, model.tokenizer, model.source, grid, "grid")
     )
     return replace(engine, **learner_rates(run, learner, small, lengths), origin=origin)
+
+
+def layers_within(shape: Shape, most: int) -> int:
+    """Of the model with as many of them as make so many weights."""
+    outside = shape.embedding + (0 if shape.tied else shape.head)
+    return int(min(shape.layers, (most - outside) // ((shape.parameters - outside) / shape.layers)))
 
 
 def shortened(shape: Shape, layers: int) -> Shape:
@@ -152,6 +159,13 @@ def learner_rates(run: Run, model: LanguageModel, shape: Shape, lengths: Lengths
     }
 
 
+def asleep_rate(model: LanguageModel) -> float:
+    """Bytes per second to where weights wait, and back."""
+    tensors = [weight.data for weight in model.network.parameters()]
+    seconds = typical(lambda: Asleep(tensors, model.device).wake())
+    return 2 * sum(tensor.nbytes for tensor in tensors) / seconds
+
+
 def engine_rates(
     run: Run, model: LanguageModel, shape: Shape, lengths: Lengths, rates: Rates
 ) -> dict[str, float]:
@@ -187,21 +201,3 @@ def engine_rates(
         "layer_s": max(0.0, fixed) / shape.layers,
         "start_s": max(0.0, start) / shape.layers,
     }
-
-
-def typical(act: Callable[[], object]) -> float:
-    """Seconds until all processes that measure together have done it, the median of a few after one that does not
-    count."""
-    wait = dist.barrier if dist.is_initialized() else nothing
-    times = []
-    for _ in range(ROUNDS + 1):
-        wait()
-        began = time.perf_counter()
-        act()
-        wait()
-        times.append(time.perf_counter() - began)
-    return median(times[1:])
-
-
-def nothing() -> None:
-    """A process alone waits for nobody."""

@@ -21,6 +21,7 @@ from tandem.train.plan.link import links
 from tandem.train.plan.role import Role, roles_of
 from tandem.train.plan.stages import Stages, fullest_of
 from tandem.train.plan.training import Pass, Trainer
+from tandem.train.plan.transfer import Transfer
 from tandem.train.plan.variant import Variant, variants
 from tandem.train.plan.work import Lengths
 
@@ -277,7 +278,7 @@ class Search:
         trainer = self._trainer(run, self.plan.shape, axes, learner.layout, learner.optimizer)
         actor = replace(load.own, passes=policy_passes(trainer))
         places = {"actor": actor, **self._others(variant, axes.world)}
-        moving = {"transfer": trainer.transfer() if engine.copied else 0.0}
+        moving = {"transfer": self._transfer(run, axes).seconds if engine.copied else 0.0}
         if load.asleep:
             moving["sleep and wake"] = 2 * load.asleep / self.plan.rates.host
         learning = sum(one.seconds for place in places.values() for one in place.passes.values())
@@ -320,6 +321,10 @@ class Search:
         if self.plan.rates.host_memory:
             return memory
         return replace(memory, lasting=memory.lasting | memory.host, host={})
+
+    def _transfer(self, run: Run, axes: Axes) -> Transfer:
+        made = self.plan
+        return Transfer(run=run, shape=made.shape, axes=axes, rates=made.rates, links=self._all)
 
     def _trainer(
         self, run: Run, shape: Shape, axes: Axes, layout: Layout, optimizer: Optimizer | None

@@ -21,7 +21,7 @@ from tandem.config.run import Run
 from tandem.device import cores
 from tandem.model.parallel.collectives import exchanged, gathered, scattered, summed
 from tandem.model.parallel.grid import Axis, Grid, connect
-from tandem.train.plan.device import Cost, Exchanges, Rates
+from tandem.train.plan.device import Cost, Exchanges, Rates, Sending
 from tandem.train.plan.measure import measured
 from tandem.train.plan.work import Lengths
 
@@ -59,8 +59,11 @@ def measured_together(run: Run, lengths: Lengths, count: int) -> Rates:
         )
         for name in first["exchanges"]
     }
+    sendings = [Sending(**each["sending"]) for each in found if each["sending"]]
+    sending = max(sendings, key=lambda one: one.byte_s, default=None)
     origin = f"{first['origin']}, in {count} processes at a time, and their exchanges"
-    rates = Rates(**{**first, **slowest, "exchanges": Exchanges(**costs), "origin": origin})
+    more = {"exchanges": Exchanges(**costs), "sending": sending, "origin": origin}
+    rates = Rates(**(first | slowest | more))
     return replace(rates, usable=rates.usable / count)
 
 

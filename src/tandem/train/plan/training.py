@@ -237,15 +237,9 @@ class Trainer:
     def _optimizer(self) -> float:
         trained = self._held[1]
         assert self.optimizer is not None
-        rate = self.rates.host if self.optimizer.offload else self.rates.bandwidth
+        away = self.optimizer.offload and self.rates.host_memory > 0
+        rate = self.rates.host if away else self.rates.bandwidth
         return trained * OPTIMIZER_BYTES / rate
-
-    def transfer(self) -> float:
-        """Weights, or of a model with one the adapter, to engines with a copy: gathered, and all of it to each of
-        their devices, which takes its part."""
-        word = DTYPES[self.run.engine_dtype].itemsize
-        size = (self.shape.adapter or self.shape.parameters) * word
-        return self.links.all_gather(size, max(2, self.axes.tensor * self.axes.cut), 1)
 
 
 def times(one: Pass, many: int) -> Pass:

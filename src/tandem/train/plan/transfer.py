@@ -1,0 +1,90 @@
+"""Seconds until the engines have a version of the weights, and what proves that they have."""
+
+from copy import deepcopy
+from dataclasses import dataclass
+
+from tandem.config.run import Run
+from tandem.model import LanguageModel
+from tandem.model.load import DTYPES
+from tandem.train.footprint import Shape
+from tandem.train.plan.axes import Axes
+from tandem.train.plan.device import Rates, Sending
+from tandem.train.plan.link import Links
+from tandem.train.plan.typical import typical
+from tandem.train.plan.way import Way
+
+CHECKSUMS = {"broadcast": 2}
+"""Of each tensor, by road: at both ends. Where a road can be read twice an engine looks at all before it takes any."""
+TWICE = 3
+WIDE = 8
+"""Bytes of the integers that a checksum adds up. Each word becomes one, which is read twice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """From the learners of a run, in one layout, to its engines."""
+
+    run: Run
+    shape: Shape
+    axes: Axes
+    rates: Rates
+    links: Links
+
+    @property
+    def seconds(self) -> float:
+        """Of weights, or of a model with one the adapter: they are gathered, and each device of the engines takes all
+        of them."""
+        parts, links = self.axes.tensor * self.axes.cut * self.axes.pipeline, self.links
+        gathered = links.all_gather(self._bytes, parts, 1)
+        if (sending := self.rates.sending) is not None:
+            copied = 2 * self._bytes / self.rates.bandwidth if parts > 1 else 0.0
+            proved = self._probes * self.shape.parameters * sending.probe_s
+            return gathered + copied + self._bytes * sending.byte_s + proved
+        if self.run.engine.transfer == "ipc":
+            return gathered + self._proof()
+        stride = 1 if links.count <= links.per_node else links.per_node
+        return gathered + links.send(self._bytes, stride) + self._proof()
+
+    def _proof(self) -> float:
+        """Checksums at both ends, and the probe; on average, where not every transfer is proved."""
+        rates, word, engine = self.rates, self._word, self.run.engine
+        sums = CHECKSUMS.get(engine.transfer, TWICE)
+        summing = sums * self._bytes / word * (word + 3 * WIDE) / rates.bandwidth
+        held = (self.shape.dense + self.shape.expert_parameters + self.shape.head) * word
+        reading = held / rates.bandwidth + rates.step_s + self.shape.layers * rates.layer_s
+        return (summing + self._probes * reading) / engine.verify_every
+
+    @property
+    def _word(self) -> int:
+        return DTYPES[self.run.engine_dtype].itemsize
+
+    @property
+    def _bytes(self) -> float:
+        return (self.shape.adapter or self.shape.parameters) * self._word
+
+    @property
+    def _probes(self) -> int:
+        """Passes over the probe: by the learner, without its adapter too, and by an engine."""
+        return 3 if self.shape.adapter else 2
+
+
+def sending(run: Run, model: LanguageModel) -> Sending:
+    """Of that model, from one process of this machine to an engine's, by the road that the run's weights take."""
+    receiver = LanguageModel(deepcopy(model.network), model.tokenizer, model.source)
+    receiver.network.to(DTYPES[run.engine_dtype])
+    way, every = (
+        Way(run.engine.road(one_process=False, adapter=False), model, receiver),
+        run.engine.verify_every,
+    )
+    try:
+        proved = typical(lambda: way.send(True))
+        bare = typical(lambda: way.send(False)) if every > 1 else proved
+        probed = typical(way.probe)
+        size = way.nbytes
+    finally:
+        way.close()
+    parameters = sum(weight.numel() for weight in model.network.parameters())
+    return Sending(
+        byte_s=(proved + (every - 1) * bare) / every / size,
+        probe_s=probed / 2 / parameters / every,
+    )
