@@ -10,6 +10,7 @@ from typing import Any
 from tandem.engine import PAUSED, Completion
 from tandem.engine.weights import Offer
 from tandem.placement.cluster.engine_worker import Progress
+from tandem.placement.cluster.limit import Limit
 from tandem.placement.cluster.lost import WorkerLost
 from tandem.placement.cluster.parcel import Parcel
 
@@ -100,8 +101,8 @@ class ThreadCall:
     def done(self) -> bool:
         return self.future.done()
 
-    def result(self, timeout_s: float) -> Any:
-        return self.future.result(timeout_s)
+    def result(self, limit: Limit) -> Any:
+        return self.future.result(max(0.0, limit.seconds - self.seconds))
 
     def settle(self, timeout_s: float) -> None:
         wait([self.future], timeout_s)

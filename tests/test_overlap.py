@@ -149,7 +149,7 @@ def test_a_call_has_its_time_from_the_end_of_the_one_before(monkeypatch):
         def done(self) -> bool:
             return clock[0] >= self.end
 
-        def result(self, timeout_s: float) -> str:
+        def result(self, limit) -> str:
             return self.method
 
     class Worker:
@@ -170,13 +170,15 @@ def test_a_call_has_its_time_from_the_end_of_the_one_before(monkeypatch):
     assert learners.finish(begun[2]) == "values" and clock[0] == 24
     assert [learners.finish(early) for early in begun[:2]] == ["reward_scores", "update"]
     slow = [learners.begin(method, seconds) for method, seconds in (("update", 12.0), ("reward_scores", 1.0))]
-    with pytest.raises(RunError, match="did not finish `update` within 10 s"):
+    with pytest.raises(
+        RunError, match=r"did not finish `update` within 10 s \(placement\.learner_timeout_s;"
+    ):
         learners.finish(slow[1])
 
 
 @pytest.mark.parametrize(("hanging", "said"), [
     ({0}, r"learner 1 failed in `update`: Timed out\nstill without an answer: learner 0\nA lost learner ends"),
-    ({0, 1}, r"learner 0 and learner 1 did not finish `update` within 3600 s"),
+    ({0, 1}, r"learner 0 and learner 1 did not finish `update` within 3600 s \(placement\.learner_timeout_s;"),
 ], ids=["neighbour", "both"])  # fmt: skip
 def test_a_learner_that_hangs_is_named_whoever_is_the_first_to_fail(monkeypatch, hanging, said):
     """What learners do together may fail long before the time of a call is up, and first where nothing hangs."""
@@ -187,7 +189,7 @@ def test_a_learner_that_hangs_is_named_whoever_is_the_first_to_fail(monkeypatch,
         def __init__(self, worker, method: str) -> None:
             self.worker, self.method = worker, method
 
-        def result(self, timeout_s: float) -> None:
+        def result(self, limit) -> None:
             raise room.WorkerLost(f"{self.worker} failed in `{self.method}`: Timed out")
 
     class Worker:

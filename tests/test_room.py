@@ -84,7 +84,12 @@ def broken(worker: type) -> type:
 
 
 @pytest.mark.parametrize(("other", "limit_s", "said"), [
-    (hanging, 0.5, r"did not finish `build` within \d+ s; its log: \S+engine-0.log"),
+    (
+        hanging,
+        0.5,
+        r"did not finish `build` within 0\.5 s \(placement\.start_timeout_s; raise it where more is needed\); "
+        r"its log: \S+engine-0.log",
+    ),
     (broken, 60, r"failed in `build`; its log: \S+engine-0.log\n[\s\S]*RuntimeError: no memory for it"),
 ])  # fmt: skip
 def test_an_engine_that_is_not_made_ends_the_run_with_its_node(cluster, tmp_path, other, limit_s, said):

@@ -16,6 +16,7 @@ from tandem.config.run import Run
 from tandem.engine.roads import BroadcastRoad, Meeting, RoadBroken
 from tandem.engine.weights import Offer, TensorSpec, Weights, announced
 from tandem.placement.cluster import port
+from tandem.placement.cluster.limit import Limit, engine_limit
 from tandem.placement.cluster.lost import EnginesLost, WorkerLost, learner_lost
 from tandem.placement.cluster.parcel import Parcel
 
@@ -114,11 +115,11 @@ class Broadcasting:
     def waits(self, others_on_their_way: bool) -> bool:
         """Whether the engines that lack a version must wait: for one that is being sent, or for others to take it with
         them. RunError where the learner is lost."""
-        sending, limit = self._sending, self.run.placement.engine_timeout_s
-        if sending is not None and (sending.done() or sending.seconds > limit):
+        sending, limit = self._sending, engine_limit(self.run.placement)
+        if sending is not None and (sending.done() or sending.seconds > limit.seconds):
             self._sending = None
             try:
-                self._of_the_learner(sending, 0)
+                self._of_the_learner(sending, limit)
             except RoadBroken as cause:
                 self.broke(cause)
         return self._sending is not None or others_on_their_way
@@ -129,10 +130,10 @@ class Broadcasting:
             return []
         if self._meeting is None or self._members != list(workers):
             # Half of what an engine has for it: the others have given up before one that is silent is replaced.
-            limit = self.run.placement.engine_timeout_s / 2
+            limit = engine_limit(self.run.placement, 1 / 2)
             self._groups += 1
             size = 1 + len(workers) * self.devices
-            meeting = self.learner.call("meet", self._groups, size, limit)
+            meeting = self.learner.call("meet", self._groups, size, limit.seconds)
             self._meeting = self._of_the_learner(meeting, limit)
             self._members = list(workers)
         if self._version != parcel.offer.version:
@@ -161,8 +162,8 @@ class Broadcasting:
         if worker in self._members:
             self._meeting = None
 
-    def _of_the_learner(self, call: port.Call, timeout_s: float) -> Any:
+    def _of_the_learner(self, call: port.Call, limit: Limit) -> Any:
         try:
-            return call.result(timeout_s)
+            return call.result(limit)
         except WorkerLost as lost:
             raise learner_lost(lost, self.run.run_dir) from None

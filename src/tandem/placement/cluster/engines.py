@@ -19,6 +19,7 @@ from tandem.placement.cluster import port
 from tandem.placement.cluster.broadcast import Broadcasting, Reading
 from tandem.placement.cluster.engine_worker import Progress
 from tandem.placement.cluster.job import Job, Work, shares
+from tandem.placement.cluster.limit import Limit, engine_limit, start_limit
 from tandem.placement.cluster.lost import EnginesLost, WorkerLost
 from tandem.placement.cluster.parcel import Parcel
 
@@ -171,7 +172,7 @@ class Engines:
         self._awake = False
         calls = [(s, s.worker.call("sleep")) for s in self.seats if s.worker and not s.taking and not s.work]
         for seat, call in calls:
-            self._result(seat, call)
+            self._result(seat, call, engine_limit(self.placement))
             if seat.worker is not None:
                 seat.version = ASLEEP
 
@@ -229,13 +230,13 @@ class Engines:
         """Weights that have arrived are proved; those that take too long are lost with their engine."""
         assert seat.taking and seat.worker
         call, parcel = seat.taking
-        limit = self.placement.start_timeout_s if parcel is None else self.placement.engine_timeout_s
-        if not call.done() and (call.seconds < limit or self._waits_for_room(seat)):
+        limit = (start_limit if parcel is None else engine_limit)(self.placement)
+        if not call.done() and (call.seconds < limit.seconds or self._waits_for_room(seat)):
             self._say_if_it_waits(seat)
             return
         seat.taking = None
         try:
-            told = self._result(seat, call)
+            told = self._result(seat, call, limit)
         except RoadBroken as cause:
             self._road.broke(cause)
             return
@@ -302,7 +303,7 @@ class Engines:
         silent = time.monotonic() - work.changed
         if work.call.done():
             seat.work = None
-            completions = self._result(seat, work.call)
+            completions = self._result(seat, work.call, engine_limit(self.placement))
             if seat.worker is not None:
                 seat.losses, seat.said = 0, False
                 for (job, index), completion in zip(work.answers, completions):
@@ -327,7 +328,7 @@ class Engines:
             return
         news, work.news = work.news, None
         try:
-            progress: Progress = news.result(0)
+            progress: Progress = news.result(engine_limit(self.placement))
         except WorkerLost:
             return  # The work itself fails next, with the reason.
         if progress.answers or progress.tokens != work.tokens:
@@ -337,10 +338,10 @@ class Engines:
             job, index = work.answers[place]
             job.take(index, completion)
 
-    def _result(self, seat: Seat, call: port.Call) -> Any:
+    def _result(self, seat: Seat, call: port.Call, limit: Limit) -> Any:
         """The value of a call that is done or overdue; None, and a vacant seat, where the engine is lost."""
         try:
-            return call.result(self.placement.engine_timeout_s if call.method == "sleep" else 0)
+            return call.result(limit)
         except WorkerLost as lost:
             self._lose(seat, lost)
             return None

@@ -15,6 +15,7 @@ from tandem.learner import Critic, Policy, in_units
 from tandem.placement.cluster import port
 from tandem.placement.cluster.carried import Carried, pack, unpack
 from tandem.placement.cluster.learner_worker import Facts
+from tandem.placement.cluster.limit import Limit, learner_limit
 from tandem.placement.cluster.lost import WorkerLost, learner_lost
 from tandem.rollout import Units
 from tandem.types import Batch, Experience, Group, collate
@@ -78,9 +79,9 @@ class Learners:
         self._wake()
         self.turn_s += time.monotonic() - began
 
-    def call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
+    def call(self, method: str, *arguments: Any, limit: Limit | None = None) -> Any:
         """The same call on every rank; the value of rank 0."""
-        return self.finish(self.begin(method, *arguments), timeout_s)
+        return self.finish(self.begin(method, *arguments), limit)
 
     def begin(self, method: str, *arguments: Any) -> Begun:
         """Start the same call on every rank; what several threads ask for reaches all in the same order."""
@@ -92,14 +93,14 @@ class Learners:
             self._last = begun = Begun(calls, self._last)
         return begun
 
-    def finish(self, begun: Begun, timeout_s: float | None = None) -> Any:
+    def finish(self, begun: Begun, limit: Limit | None = None) -> Any:
         """The value of rank 0, when all are done."""
-        return self.finish_all(begun, timeout_s)[0]
+        return self.finish_all(begun, limit)[0]
 
-    def finish_all(self, begun: Begun, timeout_s: float | None = None) -> list[Any]:
+    def finish_all(self, begun: Begun, limit: Limit | None = None) -> list[Any]:
         """The values of all ranks. Each method has its time from the end of the one before, whichever thread asked for
         it."""
-        limit = timeout_s or self.run.placement.learner_timeout_s
+        limit = limit or learner_limit(self.run.placement)
         queue = [begun]
         while (before := queue[-1].before) is not None:
             queue.append(before)
@@ -118,33 +119,34 @@ class Learners:
             self._asleep = False
             self.call("wake")
 
-    def _wait(self, calls: list[port.Call], timeout_s: float) -> None:
+    def _wait(self, calls: list[port.Call], limit: Limit) -> None:
         """Until all are done, whatever came of them."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + limit.seconds
         while waiting := [call for call in calls if not call.done()]:
-            self._first_done(waiting, timeout_s, deadline)
+            self._first_done(waiting, limit, deadline)
 
-    def _first_done(self, waiting: list[port.Call], timeout_s: float, deadline: float) -> list[port.Call]:
+    def _first_done(self, waiting: list[port.Call], limit: Limit, deadline: float) -> list[port.Call]:
         done = port.first_done(waiting, max(0.0, deadline - time.monotonic()))
         if not done:
             first = waiting[0]
-            said = f"{names(waiting)} did not finish `{first.method}` within {timeout_s:g} s"
+            said = f"{names(waiting)} did not finish `{first.method}` {limit}"
             raise self._end(said + port.last_words(first.worker.log))
         return done
 
-    def _results(self, calls: list[port.Call], timeout_s: float) -> list[Any]:
-        deadline = time.monotonic() + timeout_s
+    def _results(self, calls: list[port.Call], limit: Limit) -> list[Any]:
+        deadline = time.monotonic() + limit.seconds
         values: dict[port.Call, Any] = {}
         while len(values) < len(calls):
             waiting = [call for call in calls if call not in values]
-            for call in self._first_done(waiting, timeout_s, deadline):
+            for call in self._first_done(waiting, limit, deadline):
                 try:
-                    values[call] = call.result(0)
+                    values[call] = call.result(limit)
                 except RunError as error:
-                    raise self._root_cause(error, [c for c in waiting if c is not call]) from None
+                    others = [c for c in waiting if c is not call]
+                    raise self._root_cause(error, others, limit) from None
         return [values[call] for call in calls]
 
-    def _root_cause(self, error: RunError, others: Sequence[port.Call]) -> RunError:
+    def _root_cause(self, error: RunError, others: Sequence[port.Call], limit: Limit) -> RunError:
         """A process that is gone explains the broken connections of the others, and not the reverse. So does one that
         hangs, which is still without an answer when theirs time out."""
         found = [error]
@@ -153,7 +155,7 @@ class Learners:
             for call in port.first_done(others, deadline - time.monotonic()):
                 others = [other for other in others if other is not call]
                 try:
-                    call.result(0)
+                    call.result(limit)
                 except RunError as another:
                     found.append(another)
         first = next((e for e in found if not isinstance(e, WorkerLost)), None)

@@ -24,6 +24,7 @@ from tandem.placement.cluster.learners import (
     RemoteReference,
     RemoteRewardModel,
 )
+from tandem.placement.cluster.limit import start_limit
 from tandem.placement.cluster.port import Cluster, Worker
 from tandem.rollout import Sampler
 
@@ -65,25 +66,25 @@ class Placed:
         check_road(self.run, self.cluster.nodes)
         if not self.shared:
             self.engines.fill()
-        timeout_s = self.run.placement.start_timeout_s
+        limit = start_limit(self.run.placement)
         for worker in self.learners.workers:
-            worker.place = worker.call("place").result(timeout_s)
+            worker.place = worker.call("place").result(limit)
         if self.shared:
-            self._gpus = [worker.call("gpus").result(timeout_s) for worker in self.learners.workers]
+            self._gpus = [worker.call("gpus").result(limit) for worker in self.learners.workers]
         # No folder in the memory of one node is seen by another; of a folder that the user names we trust that it is.
         apart = self.cluster.nodes > 1 and self.run.engine.transfer == "auto"
         root = None if apart else str(self.root)
-        address = self.learners.workers[0].call("meeting_point").result(timeout_s)
+        address = self.learners.workers[0].call("meeting_point").result(limit)
         self.learners.see_folders = self._are_seen(Path(self.run.run_dir).absolute())
         give = (lambda folder: str(folder.absolute())) if self.learners.see_folders else pack
         folders = [None if folder is None else give(folder) for folder in (start, reference)]
-        return self.learners.call("build", address, *folders, root, timeout_s=timeout_s)
+        return self.learners.call("build", address, *folders, root, limit=limit)
 
     def _are_seen(self, folder: Path) -> bool:
         """Whether every learner sees the files of a folder of this process."""
         with tempfile.NamedTemporaryFile(prefix=".seen-", dir=folder) as file:
             calls = [worker.call("sees", file.name) for worker in self.learners.workers]
-            return all(call.result(self.run.placement.start_timeout_s) for call in calls)
+            return all(call.result(start_limit(self.run.placement)) for call in calls)
 
     def close_learners(self) -> None:
         """Remove the weights that lie on the road, which a learner that is gone cannot. Then nobody waits for one."""

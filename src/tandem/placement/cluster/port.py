@@ -45,6 +45,7 @@ from tandem.config.placement import Placement
 from tandem.engine.roads import RoadBroken
 from tandem.errors import ConfigError, DataError, RunError
 from tandem.libraries import import_libraries
+from tandem.placement.cluster.limit import Limit
 from tandem.placement.cluster.lost import WorkerLost
 
 log = logging.getLogger("tandem.cluster")
@@ -111,13 +112,14 @@ class Call:
     def done(self) -> bool:
         return bool(wait([self.ref], timeout=0)[0])
 
-    def result(self, timeout_s: float) -> Any:
-        """Its value. WorkerLost where the process is gone; an error inside comes with role, node and traceback."""
+    def result(self, limit: Limit) -> Any:
+        """Its value, waited for until its time is up. WorkerLost where it is, or the process is gone; an error inside
+        comes with role, node and traceback."""
         try:
-            return get(self.ref, timeout=timeout_s)
+            return get(self.ref, timeout=max(0.0, limit.seconds - self.seconds))
         except exceptions.GetTimeoutError:
             raise WorkerLost(
-                f"{self.worker} did not finish `{self.method}` within {self.seconds:.0f} s; its log: {self.worker.log}"
+                f"{self.worker} did not finish `{self.method}` {limit}; its log: {self.worker.log}"
             ) from None
         except exceptions.RayTaskError as error:
             raise failure(self.worker, self.method, error) from None
