@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 from parallel_ranks import launch
+from tandem.config.layout import Layout
 from tandem.engine.roads import BroadcastRoad
 from tandem.errors import RunError
-from tandem.model.parallel.grid import connect
+from tandem.model.parallel.grid import Grid, connect
 from tandem.model.parallel.meeting import INTERFACE, meet
 
 HERE = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
@@ -42,6 +43,24 @@ def summing(rank: int, world: int, address: str, place: str) -> None:
 
 def test_learners_and_engines_that_meet_on_loopback_are_reached_by_nobody_else(tmp_path):
     launch(summing, 2, tmp_path)
+
+
+def waits(group: dist.ProcessGroup | None) -> timedelta:
+    return group._get_backend(torch.device("cpu")).options._timeout
+
+
+def patient(rank: int, world: int, address: str, place: str) -> None:
+    connect(rank, world, address, torch.device("cpu"), timeout_s=77)
+    grid = Grid(Layout(tensor=2), torch.device("cpu"), "learner.layout")
+    axes = [axis.group for axis in (grid.pipeline, grid._data, grid.context, grid.tensor)]
+    groups = [dist.group.WORLD, *axes, *grid.weights.get_all_groups(), *grid.host.get_all_groups()]
+    assert {waits(group).total_seconds() for group in groups} == {77}
+    dist.barrier()
+
+
+def test_all_groups_of_a_grid_wait_as_long_as_they_are_told(tmp_path):
+    """Also those that are not of all processes."""
+    launch(patient, 2, tmp_path)
 
 
 def test_an_interface_that_the_user_names_stays(monkeypatch):

@@ -155,7 +155,7 @@ def test_a_call_has_its_time_from_the_end_of_the_one_before(monkeypatch):
     class Worker:
         free, log = 0.0, Path("its log")
 
-        def call(self, method: str, seconds: float) -> Call:
+        def call(self, method: str, seconds: float = 0.0) -> Call:
             return Call(self, method, seconds)
 
     def first_done(calls, timeout_s):

@@ -1,6 +1,7 @@
 """What goes wrong in a process that Ray placed ends the run by its name, or is refused before anything starts."""
 
 import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from copies import policy
@@ -140,6 +143,62 @@ def test_a_learner_that_hangs_ends_the_run_behind_a_checkpoint_and_leaves_nothin
     assert newest(tmp_path / "run" / "checkpoints", strict=True).name == "step_00000003"
     assert len(there) > 4
     wait_until("all processes of the run are gone", lambda: not alive(there), 20)
+
+
+def stopping(worker: type, folder: Path) -> type:
+    """A learner of which rank 1 stops in the middle of its second update, when the other waits for its gradients."""
+
+    class Stopping(worker):
+        updates = 0
+
+        def update(self, parts, kl_coef):
+            self.updates += 1
+            optimizer, limit = (
+                self.actor.optimizer,
+                dist.group.WORLD._get_backend(torch.device("cpu")).options,
+            )
+            if self.rank == 1 and self.updates == 2:
+                norm = optimizer.gradient_norm
+
+                def stopped():
+                    (folder / "waits").write_text(f"{os.getpid()} {limit._timeout.total_seconds():g}")
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                    return norm()
+
+                optimizer.gradient_norm = stopped
+            return super().update(parts, kl_coef)
+
+    return Stopping
+
+
+def test_of_learners_that_wait_for_one_that_hangs_that_one_is_blamed(tmp_path, monkeypatch):
+    """Its time is up as soon as it has stopped."""
+    from tandem.placement.cluster import places, port
+    from tandem.placement.cluster.learners import Learners
+
+    first_done, note = Learners._first_done, tmp_path / "waits"
+
+    def hurried(self, waiting, limit, deadline):
+        while not (done := port.first_done(waiting, 0.1)) and not note.exists():
+            assert time.monotonic() < deadline
+        if done:
+            return done
+        stopped = psutil.Process(int(note.read_text().split()[0]))
+        wait_until("it has stopped", lambda: stopped.status() == psutil.STATUS_STOPPED)
+        return first_done(self, waiting, limit, time.monotonic())
+
+    monkeypatch.setattr(Learners, "_first_done", hurried)
+    monkeypatch.setattr(places, "LearnerWorker", stopping(places.LearnerWorker, tmp_path))
+    many = RAY | {"learners": 2, "learner_timeout_s": 2000}
+    with pytest.raises(RunError) as error:
+        run_in(tmp_path, placement=many, learner={"layout": {"shard": 2}}, algorithm={}, eval={"every": None})
+    one, alive = (rf"learner {rank} \(node \w+ at [\d.]+, pid \d+\)" for rank in (1, 0))
+    assert re.match(
+        rf"{one} did not finish `update` within 2000 s \(placement\.learner_timeout_s; .*\), without a sign of life: "
+        rf"stopped, or stuck; still at work: {alive}\nthe end of \S+learner-1\.log",
+        str(error.value),
+    )
+    assert note.read_text().split()[1] == "2000", "the other learner waits as long"
 
 
 def ray_processes() -> list[psutil.Process]:

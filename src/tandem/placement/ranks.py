@@ -25,8 +25,9 @@ def build_actor(
 
     Every process calls this with the same run and layout; ConfigError where the layout does not fit the model.
     """
-    device = pick(run.device)
-    connect(rank, world, address, device)
+    device, place = pick(run.device), run.placement
+    # Who waits for others gives up no sooner than the one who waits for all of them.
+    connect(rank, world, address, device, max(place.start_timeout_s, place.learner_timeout_s))
     tokenizer: PreTrainedTokenizerBase = tokenizer_of(run.model)
     grid = Grid(layout, device, "learner.layout")
     model = load_sharded(run.model, tokenizer, grid, seed=run.seed, start=start)

@@ -48,7 +48,7 @@ class Grid(Mesh):
         except ValueError as cause:
             raise ConfigError(f"{where}: {cause}") from None
         rank_PRSCT = torch.arange(world).view(layout.pipeline, replicate, shard, context, tensor)
-        tokens = DeviceMesh(device.type, rank_PRSCT.flatten(1, 2), mesh_dim_names=TOKEN_AXES)
+        tokens = mesh_of(device.type, rank_PRSCT.flatten(1, 2), TOKEN_AXES)
         self.pipeline, self._data, self.context, self.tensor = (axis(tokens, name) for name in TOKEN_AXES)
         self.data_rank = self._data.rank
         rank_PTRF = rank_PRSCT.permute(0, 4, 1, 2, 3).flatten(3)
@@ -65,8 +65,8 @@ class Grid(Mesh):
         """How weights are cut over this process's part of the pipeline: there, in host memory, through which files
         are read and written, and without the first axis, for FSDP2."""
         names = ("pipeline", *axes)
-        whole = DeviceMesh(self.device.type, rank_PCRF, mesh_dim_names=names)
-        host = whole if self.device.type == "cpu" else DeviceMesh("cpu", rank_PCRF, mesh_dim_names=names)
+        whole = mesh_of(self.device.type, rank_PCRF, names)
+        host = whole if self.device.type == "cpu" else mesh_of("cpu", rank_PCRF, names)
         replicated = rank_PCRF.shape[2] > 1
         return whole[axes], host[axes], whole[axes[1:] if replicated else axes[2]]
 
@@ -107,6 +107,16 @@ class Grid(Mesh):
             dist.all_reduce(values, op=op, group=self._data.group)
             out |= dict(zip(chosen, values.tolist()))
         return out
+
+
+def mesh_of(device: str, ranks: Tensor, names: tuple[str, ...]) -> DeviceMesh:
+    """A mesh whose groups wait as long as that of all processes, and not, as PyTorch has it, 10 or 30 minutes."""
+    mesh = DeviceMesh(device, ranks, mesh_dim_names=names)
+    everyone = dist.distributed_c10d._get_default_group()
+    timeout = everyone._get_backend(torch.device("cpu")).options._timeout
+    for group in mesh.get_all_groups():
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+    return mesh
 
 
 def axis(mesh: DeviceMesh, name: str) -> Axis:

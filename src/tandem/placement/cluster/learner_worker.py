@@ -168,6 +168,10 @@ class LearnerWorker(Process):
         """Everything is where it was."""
         self._asleep.wake()
 
+    @port.pulse
+    def pulse(self) -> None:
+        """It is there."""
+
     @port.beside
     def meet(self, number: int, size: int, timeout_s: float) -> Meeting:
         """As `Sender.meet`."""

@@ -16,12 +16,13 @@ from tandem.placement.cluster import port
 from tandem.placement.cluster.carried import Carried, pack, unpack
 from tandem.placement.cluster.learner_worker import Facts
 from tandem.placement.cluster.limit import Limit, learner_limit
-from tandem.placement.cluster.lost import WorkerLost, learner_lost
+from tandem.placement.cluster.lost import WorkerLost, last_words, learner_lost
 from tandem.rollout import Units
 from tandem.types import Batch, Experience, Group, collate
 
 ROOT_CAUSE_S = 3.0
-"""When one learner fails the others lose their connection to it; so long the one that began it is looked for."""
+"""When one learner fails or hangs the others lose their connection to it or wait; so long the one that began it is
+looked for."""
 
 
 @dataclass(slots=True)
@@ -128,9 +129,7 @@ class Learners:
     def _first_done(self, waiting: list[port.Call], limit: Limit, deadline: float) -> list[port.Call]:
         done = port.first_done(waiting, max(0.0, deadline - time.monotonic()))
         if not done:
-            first = waiting[0]
-            said = f"{names(waiting)} did not finish `{first.method}` {limit}"
-            raise self._end(said + port.last_words(first.worker.log))
+            raise self._end(overdue(waiting, limit))
         return done
 
     def _results(self, calls: list[port.Call], limit: Limit) -> list[Any]:
@@ -166,6 +165,28 @@ class Learners:
 
     def _end(self, lost: object) -> RunError:
         return learner_lost(lost, self.run.run_dir)
+
+
+def overdue(calls: Sequence[port.Call], limit: Limit) -> str:
+    """Who did not finish in time. Where a process is stuck the others wait for it, and only it is to be blamed."""
+    stuck = without_pulse(calls)
+    late = stuck or calls
+    said = f"{names(late)} did not finish `{late[0].method}` {limit}"
+    if stuck:
+        said += ", without a sign of life: stopped, or stuck"
+        alive = [call for call in calls if call not in stuck]
+        said += f"; still at work: {names(alive)}" if alive else ""
+    return said + last_words(late[0].worker.log)
+
+
+def without_pulse(calls: Sequence[port.Call]) -> list[port.Call]:
+    """Those whose processes answer nothing."""
+    asked = {call.worker.call("pulse"): call for call in calls}
+    deadline = time.monotonic() + ROOT_CAUSE_S
+    while asked and (left := deadline - time.monotonic()) > 0:
+        for answered in port.first_done(list(asked), left):
+            del asked[answered]
+    return list(asked.values())
 
 
 def names(calls: Sequence[port.Call]) -> str:

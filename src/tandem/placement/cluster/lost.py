@@ -1,5 +1,7 @@
 """What can happen to a process of the run."""
 
+from pathlib import Path
+
 from tandem.errors import RunError, SamplingError
 
 
@@ -9,6 +11,14 @@ class WorkerLost(RunError):
 
 class EnginesLost(SamplingError):
     """No engine can be brought to the present weights. The learners are whole, so what they have can still be saved."""
+
+
+def last_words(log: Path, lines: int = 15) -> str:
+    """The end of a worker's log, where it is on this machine."""
+    if not log.is_file():
+        return f"\nits log is {log} on its node"
+    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+    return f"\nthe end of {log}:\n  " + "\n  ".join(tail) if tail else f"\nits log {log} is empty"
 
 
 def learner_lost(said: object, run_dir: str) -> RunError:

@@ -46,7 +46,7 @@ from tandem.engine.roads import RoadBroken
 from tandem.errors import ConfigError, DataError, RunError
 from tandem.libraries import import_libraries
 from tandem.placement.cluster.limit import Limit
-from tandem.placement.cluster.lost import WorkerLost
+from tandem.placement.cluster.lost import WorkerLost, last_words
 
 log = logging.getLogger("tandem.cluster")
 T = TypeVar("T")
@@ -72,12 +72,17 @@ LOST = (
     exceptions.OutOfMemoryError,
 )
 OWN = (ConfigError, DataError, RunError)
-BESIDE = "beside"
+BESIDE, PULSE = "beside", "pulse"
 
 
 def beside(work: Callable[..., T]) -> Callable[..., T]:
     """A method of a role that does not wait for the one under way; those of this kind go one by one."""
     return method(concurrency_group=BESIDE)(work)
+
+
+def pulse(work: Callable[..., T]) -> Callable[..., T]:
+    """A method that waits for no other, neither for one beside: where it is not answered the process is stuck."""
+    return method(concurrency_group=PULSE)(work)
 
 
 class Worker:
@@ -152,14 +157,6 @@ def died(worker: Worker, method: str, error: Exception) -> str:
     return f"{worker} died during `{method}`: {reason[:600]}{last_words(worker.log)}"
 
 
-def last_words(log: Path, lines: int = 15) -> str:
-    """The end of a worker's log, where it is on this machine."""
-    if not log.is_file():
-        return f"\nits log is {log} on its node"
-    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
-    return f"\nthe end of {log}:\n  " + "\n  ".join(tail) if tail else f"\nits log {log} is empty"
-
-
 def share(value: Any) -> Any:
     """A value that several workers get: stored once, taken by each."""
     return put(value)
@@ -223,7 +220,7 @@ class Cluster:
             environ |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         group, index = self._places[bundle]
         actor = (
-            remote(concurrency_groups={BESIDE: 1})(role)
+            remote(concurrency_groups={BESIDE: 1, PULSE: 1})(role)
             .options(
                 num_cpus=need["CPU"],
                 num_gpus=need["GPU"],
