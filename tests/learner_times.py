@@ -17,12 +17,12 @@ from tandem.config.layout import Layout
 from tandem.config.run import Run
 from tandem.device import set_threads
 from tandem.learner import Actor
-from tandem.model.new import new_tokenizer
+from tandem.model import tokenizer_of
 from tandem.model.parallel.grid import Grid, connect
 from tandem.model.parallel.load import load_sharded
 from tandem.placement.ranks import actor_of
 
-TIMED: dict[str, dict[str, Any]] = {
+DENSE: dict[str, dict[str, Any]] = {
     "replicate": {"replicate": 2},
     "shard": {"shard": 2},
     "tensor": {"tensor": 2},
@@ -31,6 +31,7 @@ TIMED: dict[str, dict[str, Any]] = {
     "tensor without sequence": {"tensor": 2, "sequence": False},
     "interleaved pipeline": {"pipeline": 2, "pipeline_chunks": 2},
 }
+MIXTURE: dict[str, dict[str, Any]] = {"sharded": {"shard": 2}, "expert": {"shard": 2, "expert": 2}}
 GROUPS, PROMPT, ANSWERS, ANSWER = 4, 48, 8, 64
 ROUNDS = 4
 
@@ -41,10 +42,11 @@ def seconds_of_each(rank: int, world: int, address: str, place: str) -> None:
     connect(rank, world, address, torch.device("cpu"), timeout_s=120)
     folder = Path(place)
     run = load(folder / "small.yaml")
+    layouts = MIXTURE if run.model.path else DENSE
     set_threads(run.placement.cpus)
     part = full_step(GROUPS, PROMPT, ANSWERS, ANSWER)
     phases: dict[str, Callable[[], object]] = {}
-    for name, sizes in TIMED.items():
+    for name, sizes in layouts.items():
         pupil = actor(run, sizes)
         phases[f"{name}, update"] = partial(pupil.update, [part], 0.0)
         phases[f"{name}, old log-probs"] = partial(pupil.logprobs, part)
@@ -56,7 +58,7 @@ def seconds_of_each(rank: int, world: int, address: str, place: str) -> None:
 
 def actor(run: Run, sizes: dict[str, Any]) -> Actor:
     grid = Grid(Layout(**sizes), torch.device("cpu"), "learner.layout")
-    return actor_of(run, load_sharded(run.model, new_tokenizer(), grid))
+    return actor_of(run, load_sharded(run.model, tokenizer_of(run.model), grid))
 
 
 def until_all_have(act: Callable[[], object]) -> float:
