@@ -37,7 +37,7 @@ ENGINE = {"kind": "vllm", "kv_cache_mb": 64, "eager": True, "max_model_len": 128
 PLACED = {"cpus": 1, "start_timeout_s": 300, "engine_timeout_s": 180, "learner_timeout_s": 180}
 # On a CPU vLLM has no attention for heads narrower than these.
 WIDE_HEADS = {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 1, "max_positions": 256}
-NAMED = "/dev/shm/"
+NAMED = ("/dev/shm/psm_", "/dev/shm/vllm_")
 REWARD = Path(__file__).parents[1] / "benchmarks" / "reward.py"
 
 
@@ -51,6 +51,12 @@ def recipe_in(folder: Path, model: dict | None = None, layout: dict | None = Non
         journal={"samples": 0, "sinks": ["jsonl"]},
         **{"steps": 3} | changes,
     )
+
+
+def shared_memory(engine: int) -> set[str]:
+    """What an engine's processes share by vLLM's means: its paths, with a note where they are of the past."""
+    maps = "".join(Path(f"/proc/{process.pid}/maps").read_text() for process in family(engine))
+    return {line.split(maxsplit=5)[5] for line in maps.splitlines() if any(name in line for name in NAMED)}
 
 
 def run_in(folder: Path, **changes) -> list[dict]:
@@ -96,7 +102,7 @@ def test_an_adapter_travels_alone_and_is_applied_by_a_worker_per_device(
 
     def watched(self):
         (engine,) = pids(tmp_path / "run", "engine")
-        shared.update(m.path for worker in family(engine) for m in worker.memory_maps() if NAMED in m.path)
+        shared.update(shared_memory(engine))
         close(self)
 
     monkeypatch.setattr(Engines, "close", watched)
@@ -113,7 +119,7 @@ def test_an_adapter_travels_alone_and_is_applied_by_a_worker_per_device(
     assert [row["version"] for row in rows] == [1, 2, 3]
     assert all(row["rollout/logp_gap_max"] < 1e-4 and row["actor/updates"] == 1 for row in rows)
     assert learners == 1 or any("psm_" in path for path in shared), "vLLM has some"
-    assert not [path for path in shared if Path(path).exists()]
+    assert all(path.endswith(" (deleted)") for path in shared)
 
 
 def test_colocated_a_flipped_byte_on_the_way_stops_the_run_with_the_tensors_name(tmp_path, monkeypatch):
@@ -145,7 +151,7 @@ def test_colocated_an_engine_lies_on_its_learners_devices_and_a_killed_driver_le
     tmp_path,
 ):
     """On a node of a joined cluster that is said to have two GPUs; the answers are those of a vLLM of one worker beside
-    one learner."""
+    one learner. Nor is any memory left that they share: it has no name by which it could be."""
     inline, ours = tmp_path / "inline", tmp_path / "ours"
     for folder in (inline, ours):
         folder.mkdir()
@@ -171,6 +177,7 @@ def test_colocated_an_engine_lies_on_its_learners_devices_and_a_killed_driver_le
             assert lives.keys() == {"engine-0", "learner-0", "learner-1"}
             workers = {name: family(pid) for name, ((_, pid),) in lives.items()}
             environs = [worker.environ() for worker in workers["engine-0"][1:]]
+            shared = shared_memory(workers["engine-0"][0].pid)
             there = [*family(process.pid), *(p for family in workers.values() for p in family)]
             end(process.pid)
         assert len(environs) >= 2
@@ -178,6 +185,7 @@ def test_colocated_an_engine_lies_on_its_learners_devices_and_a_killed_driver_le
             assert sorted(environ["CUDA_VISIBLE_DEVICES"].split(",")) == ["0", "1"]
             assert (environ["GOMP_SPINCOUNT"], environ["OMP_NUM_THREADS"]) == ("2000", "1")
         wait_until("all processes of the run are gone", lambda: not alive(there), 30)
+        assert len(shared) > 3 and all(path.endswith(" (deleted)") for path in shared), "and their memory"
     for row, other in zip(trajectory(ours / "run")[:3], trajectory(inline / "run"), strict=True):
         assert row["reward/mean"] == other["reward/mean"] and row["version"] == other["version"]
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)

@@ -3,11 +3,13 @@
 Imported only where vLLM is used; vLLM's worker processes import it too, which registers the receiver there.
 """
 
+import gc
 import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 from vllm import LLM, RequestOutput, TokensPrompt
 from vllm import SamplingParams as VllmSampling
 from vllm.config import WeightTransferConfig
+from vllm.distributed.device_communicators.shm_broadcast import SHM_PATH, ShmRingBuffer
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.lora.request import LoRARequest
@@ -52,6 +55,8 @@ def start(arguments: dict[str, Any], sleep: bool) -> LLM:
             weight_transfer_config=WeightTransferConfig(backend=BACKEND),
             worker_extension_cls=f"{__name__}.{WorkerExtension.__name__}",
         )
+    llm.collective_rpc("unname_shared_memory")
+    unname_shared_memory()
     size = llm.model_config.get_head_size()
     if current_platform.is_cpu() and size not in CPUAttentionBackend.get_supported_head_sizes():
         raise ValueError(f"on a CPU vLLM has no attention for heads of {size}, as the model's are")
@@ -215,11 +220,32 @@ class WorkerExtension:
 
     weight_transfer_engine: Receiver
 
+    def unname_shared_memory(self) -> None:
+        unname_shared_memory()
+
     def weight_failure(self) -> tuple[str, bool] | None:
         """Why the weights sent last were refused, or no road was opened, and whether one broke; as words, for vLLM
         takes an exception that is returned for one that was raised."""
         failure = self.weight_transfer_engine.failure
         return None if failure is None else (str(failure), isinstance(failure, RoadBroken))
+
+
+def unname_shared_memory() -> None:
+    """Take the names from the memory that this process and others of its engine share, once all of them have it. It is
+    gone with the last of them then, and nothing in /dev/shm outlives processes that are killed."""
+    # vLLM tells nobody of all that it has, and hides it from the collector.
+    hidden = gc.get_freeze_count()
+    gc.unfreeze()
+    rings = [known for known in gc.get_objects() if type(known) is ShmRingBuffer and known.is_creator]
+    if hidden:
+        gc.freeze()
+    for ring in rings:
+        ring.shared_memory.unlink()
+        ring.is_creator = False  # Else it would do so again.
+    # Those of a CPU's collectives, which are made in C++.
+    for path in Path(SHM_PATH).glob("vllm_dist_*") if current_platform.is_cpu() else ():
+        if str(path) in Path("/proc/self/maps").read_text():
+            path.unlink(missing_ok=True)
 
 
 def lay_out_anew(model: torch.nn.Module) -> None:

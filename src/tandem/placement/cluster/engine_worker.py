@@ -101,7 +101,7 @@ class EngineWorker(Process):
         self.engine.sleep()
 
     def close(self) -> None:
-        """vLLM's processes share memory by names, which a killed one would leave behind."""
+        """vLLM's own processes, which would be a moment behind this one, end now."""
         if isinstance(self._engine, VllmEngine):
             self._engine.close()
             self._engine = None

@@ -183,7 +183,7 @@ class Engines:
                 seat.worker.kill()
 
     def close(self) -> None:
-        """Whoever still waits for answers gets an error; engines that are idle give back what outlives them."""
+        """Whoever still waits for answers gets an error; engines that are idle end with all their processes."""
         self._closing = True
         with self._turns:
             ends = time.monotonic() + END_S
