@@ -8,10 +8,11 @@ import torch
 
 from conftest import random_model, saved
 from copies import policy
-from small_recipe import recipe
+from ray_runs import steps_done, wait_until
+from small_recipe import recipe, start
 from tandem.config import load
 from tandem.config.sections import NewModel
-from tandem.engine.roads import FilesRoad
+from tandem.engine.roads import SHARED, FilesRoad
 from tandem.engine.weights import ModelWeights
 from tandem.errors import RunError
 from tandem.journal import read_metrics
@@ -141,3 +142,25 @@ def test_inline_a_run_goes_on_where_a_killed_one_left_newer_versions(
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["version"] for row in rows if "version" in row] == [1, 2]
     assert below(shared) == before
+
+
+def test_inline_the_weights_of_a_killed_run_do_not_stay_in_memory(tmp_path):
+    pytest.importorskip("vllm")
+    path = recipe(
+        tmp_path,
+        steps=5000,
+        model={"new": WIDE_HEADS.model_dump()},
+        engine={"kind": "vllm", "kv_cache_mb": 64, "eager": True, "transfer": "files"},
+        eval={"every": None},
+        journal={"samples": 0, "sinks": ["jsonl"]},
+    )
+    left = weights_root(load(path), tmp_path / "run")
+    run = start("train", path)
+    try:
+        wait_until("a step is done", lambda: steps_done(tmp_path / "run") or run.poll() is not None)
+        assert run.poll() is None, run.communicate()
+        assert left.is_relative_to(SHARED) and list(left.glob("v*"))
+    finally:
+        run.kill()
+        run.communicate()
+    wait_until("they are gone", lambda: not left.exists(), 30)

@@ -15,6 +15,7 @@ from tandem.engine.vllm import VllmEngine, check_params
 from tandem.engine.weights import ModelWeights
 from tandem.model import LanguageModel
 from tandem.model.load import DTYPES, existing
+from tandem.placement.cluster.guard import Guard
 
 FOLDER = "engine"
 """Below the run folder: the configuration that vLLM starts from; the weights come from the actor."""
@@ -32,10 +33,15 @@ class CopiedEngine:
         self._sent = 0
         self._slept = False
         with ExitStack() as stack:
-            stack.callback(self.close)
+            stack.callback(engine.close)
+            if isinstance(self.road, FilesRoad):
+                guard = Guard()
+                stack.callback(guard.close)
+                guard.remove(root)
+                stack.callback(self.road.close)
             engine.connect(road)
             self.send(0)
-            stack.pop_all()
+            self._open = stack.pop_all()
 
     def send(self, version: int) -> None:
         """The engine samples from the model as it is now; RunError names a tensor that did not arrive whole."""
@@ -66,9 +72,7 @@ class CopiedEngine:
 
     def close(self) -> None:
         """End the engine, and remove weights that lie in files."""
-        self.engine.close()
-        if isinstance(self.road, FilesRoad):
-            self.road.close()
+        self._open.close()
 
 
 def vllm_beside(run: Run, model: LanguageModel, params: SamplingParams) -> CopiedEngine:

@@ -1,4 +1,4 @@
-"""A process that outlives the driver by a moment, to end what a killed driver could not.
+"""A process that outlives the driver by a moment, to end and remove what a killed driver could not.
 
 Ray's own processes die with the driver that started them, but for helpers that call a dead server for half a minute
 first. The guard reads their names from a pipe; when the pipe closes, the driver is gone.
