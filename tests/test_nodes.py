@@ -11,7 +11,6 @@ import pytest
 
 from ray_runs import (
     ENDS_S,
-    IMPATIENT_RAY,
     RECIPES,
     SMALL,
     JoinedNodes,
@@ -205,7 +204,7 @@ def test_only_who_has_the_token_is_let_into_the_cluster(nodes, changed, said):
 
 def test_a_run_with_another_token_ends_with_what_to_do(nodes, tmp_path):
     (tmp_path / "token").write_text("b" * 64)
-    environ = nodes.environ | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"), **IMPATIENT_RAY}
+    environ = nodes.environ | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
     placed = {"kind": "apart", "address": nodes.address}
     ended = tandem("train", recipe(tmp_path, placement=placed), env=environ)
     assert ended.returncode == 2

@@ -25,6 +25,7 @@ from tandem.model import load as load_model
 from tandem.model.language_model import longest_row
 from tandem.placement import inline
 from tandem.placement.cluster.build import build
+from tandem.placement.cluster.reach import check_reachable
 from tandem.placement.inline import sampling_params
 from tandem.rewards.scorer import Scorer
 from tandem.train import snapshot
@@ -103,6 +104,8 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
         check_same(run, resume, launch)
         step = steps_done(run, resume)
     reference = snapshot.reference_in(resume, run)
+    if run.placement.address is not None:
+        check_reachable(run.placement.address)
     console.print(run.arithmetic(), highlight=False, markup=False)
     # Elsewhere the accelerators belong to the workers.
     device = pick(run.device if run.placement.kind == "inline" else "cpu")

@@ -208,6 +208,8 @@ def ray_port(alone: bool) -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # One idle process per core, none of which a worker with an environment of its own can use.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    # Each takes most of a minute where `auto` is a cluster that is gone; by default there are 20.
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
     needed, instead = "placement.kind needs Ray 2.52 or newer", "or set placement.kind=inline"
     try:
         with loopback() if alone else nullcontext():
