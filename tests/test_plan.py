@@ -17,6 +17,7 @@ from tandem.train.plan.axes import Axes, Rules, layouts
 from tandem.train.plan.device import find
 from tandem.train.plan.report import text
 from tandem.train.plan.request import lengths_of
+from tandem.train.plan.request import planned as answer
 from tandem.train.plan.stages import stages_of
 
 
@@ -210,3 +211,15 @@ def test_lengths_beyond_the_recipe_or_the_model_are_told(tmp_path):
         lengths_of(run, None, 13)
     with pytest.raises(ConfigError, match="more than the model's 128 positions"):
         planned(load(recipe(tmp_path), ["data.max_prompt_tokens=120"]), "h200", 1)
+
+
+def test_lengths_beyond_the_model_are_told_before_anything_is_measured(tmp_path, monkeypatch):
+    def never(*arguments: object) -> None:
+        raise AssertionError("measures")
+
+    for name in ("measured", "measured_together"):
+        monkeypatch.setattr(f"tandem.train.plan.request.{name}", never)
+    run = load(recipe(tmp_path), ["data.max_prompt_tokens=120"])
+    for count in (1, 3):
+        with pytest.raises(ConfigError, match="120 \\+ answer 12 = 132 tokens are more than"):
+            answer(run, device="cpu", count=count, per_node=8, prompt=None, answer=None, top=1)

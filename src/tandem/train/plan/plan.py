@@ -9,7 +9,6 @@ from functools import cached_property, partial
 from tandem.config.layout import Layout
 from tandem.config.run import Run
 from tandem.config.sections import Optimizer
-from tandem.errors import ConfigError
 from tandem.train import footprint
 from tandem.train.footprint import Shape, learning_at
 from tandem.train.layouts import check_layouts, holds_reference, not_alone
@@ -143,18 +142,9 @@ class Plan:
 def plan(
     run: Run, rates: Rates, *, count: int, per_node: int, lengths: Lengths, top: int, offload: bool = True
 ) -> Plan:
-    """The `top` fastest layouts of `count` devices. No weight is read. `offload`: the device is not the host.
-
-    ConfigError where an answer does not fit the model's positions.
-    """
+    """The `top` fastest layouts of `count` devices. No weight is read. `offload`: the device is not the host."""
     config = footprint.config_of(run.model, None)
     shape = footprint.shape_of(run.model, None)
-    longest = lengths.longest_prompt + lengths.longest_answer
-    if longest > shape.positions:
-        raise ConfigError(
-            f"prompt {lengths.longest_prompt} + answer {lengths.longest_answer} = {longest} tokens are more than the "
-            f"model's {shape.positions:,} positions; lower data.max_prompt_tokens or sampling.max_answer_tokens"
-        )
     if run.placement.learners > 1:
         check_layouts(run, None)
     if rates.host_memory:

@@ -2,6 +2,7 @@
 
 from tandem.config.run import Run
 from tandem.errors import ConfigError
+from tandem.train import footprint
 from tandem.train.plan.device import assumed, find
 from tandem.train.plan.measure import measured
 from tandem.train.plan.plan import plan
@@ -38,8 +39,14 @@ def planned(
 
 
 def lengths_of(run: Run, prompt: int | None, answer: int | None) -> Lengths:
-    """ConfigError where a mean is above the recipe's limit."""
+    """ConfigError where a mean is above the recipe's limit, or both limits together above the model's."""
     longest_prompt, longest_answer = run.data.max_prompt_tokens, run.sampling.max_answer_tokens
+    longest, positions = longest_prompt + longest_answer, footprint.shape_of(run.model, None).positions
+    if longest > positions:
+        raise ConfigError(
+            f"prompt {longest_prompt} + answer {longest_answer} = {longest} tokens are more than the model's "
+            f"{positions:,} positions; lower data.max_prompt_tokens or sampling.max_answer_tokens"
+        )
     for option, mean, key, longest in (
         ("--prompt", prompt, "data.max_prompt_tokens", longest_prompt),
         ("--answer", answer, "sampling.max_answer_tokens", longest_answer),
