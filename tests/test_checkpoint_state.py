@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from tandem import checkpoint
+from tandem.checkpoint.export import MARK
 from tandem.errors import RunError
 
 
@@ -382,17 +383,33 @@ def test_an_export_replaces_an_older_one_only_when_complete(tmp_path):
         checkpoint.export(lambda folder: None, target)
     checkpoint.export(version("two"), target)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert sorted(path.name for path in target.iterdir()) == ["config.json", "two.txt"]
+    assert sorted(path.name for path in target.iterdir()) == [MARK, "config.json", "two.txt"]
     target.rename(tmp_path / "model.old-0123456789ab")  # as a kill between the two renames leaves it
     with pytest.raises(KeyError):
         checkpoint.export(version("three", KeyError()), target)
     assert (target / "two.txt").exists()
 
 
-def test_an_export_never_replaces_what_is_no_model(tmp_path):
+def test_an_export_never_replaces_what_is_no_export(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.tex").write_text("years of work")
-    for target in (tmp_path / "notes", tmp_path / "notes" / "thesis.tex"):
-        with pytest.raises(RunError, match="not a model folder"):
-            checkpoint.export(qwen, target)
-    assert (tmp_path / "notes" / "thesis.tex").read_text() == "years of work"
+    qwen(tmp_path / "downloaded")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    names = ("notes", "notes/thesis.tex", "downloaded", "adapter")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name in names:
+        with pytest.raises(RunError, match=r"exists and is no export of Tandem's .* remove it, or export to"):
+            checkpoint.export(qwen, tmp_path / name)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_export_that_something_was_added_to_is_kept(tmp_path):
+    target = checkpoint.export(qwen, tmp_path / "model")
+    (target / "logs").mkdir()
+    checkpoint.export(qwen, target)
+    (target / "logs").mkdir()
+    (target / "logs" / "notes.txt").write_text("of the user")
+    with pytest.raises(RunError, match=r"holds what no export wrote: logs/notes\.txt; remove it, or export"):
+        checkpoint.export(qwen, target)
+    assert (target / "logs" / "notes.txt").read_text() == "of the user"

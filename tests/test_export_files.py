@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tandem.checkpoint.export import MARK
 from tandem.checkpoint.sharded import SETTINGS, WEIGHTS, export_sharded
 
 NAMES = [
@@ -26,10 +27,10 @@ def test_an_adapter_is_one_file_whatever_its_size(tmp_path, kind):
     place = export_sharded(saved, tmp_path / "export", file_bytes=2 * BYTES)
     files = sorted(file.name for file in place.iterdir())
     if kind == "adapter":
-        assert files == ["adapter_config.json", "adapter_model.safetensors"]
+        assert files == [MARK, "adapter_config.json", "adapter_model.safetensors"]
     else:
         parts = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-        assert files == ["config.json", *parts, "model.safetensors.index.json"]
+        assert files == [MARK, "config.json", *parts, "model.safetensors.index.json"]
         index = json.loads((place / files[-1]).read_text())
         assert set(index["weight_map"]) == set(NAMES) and set(index["weight_map"].values()) == set(parts)
     back = {}

@@ -85,6 +85,20 @@ def test_a_checkpoints_model_is_exported_while_its_run_goes_on(trained, tmp_path
     assert nothing.exit_code == 2 and "has no checkpoint; give the folder of a run that has" in nothing.output
 
 
+def test_an_export_takes_no_place_of_a_model_that_the_run_loads(trained, tmp_path):
+    base = tmp_path / "base"
+    assert call("export", trained, base).exit_code == 0
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    config["model"] |= {"path": str(base), "new": None}
+    path = tmp_path / "tuned.yaml"
+    path.write_text(yaml.safe_dump(config | {"run_dir": str(tmp_path / "tuned"), "steps": 1}))
+    assert call("train", path).exit_code == 0
+    before = {file: file.read_bytes() for file in base.iterdir()}
+    refused = call("export", tmp_path / "tuned", base)
+    assert refused.exit_code == 2 and f"{base} is model.path of this run; export to" in refused.stderr
+    assert {file: file.read_bytes() for file in base.iterdir()} == before
+
+
 def test_a_run_folder_means_its_export_then_its_newest_checkpoint(trained, tmp_path):
     assert locate(str(trained)).folder == str(trained / "model")
     assert locate(str(trained / "model")).run is None

@@ -6,7 +6,12 @@ from pathlib import Path
 from tandem.checkpoint.export import export
 from tandem.checkpoint.manifest import list_problems, verify
 from tandem.checkpoint.store import newest
+from tandem.config.layers import flatten
+from tandem.config.yaml_text import parse
 from tandem.errors import ConfigError, RunError
+
+LOADED = ("model.path", "reference.path", "critic.path", "reward.model.path")
+"""Keys of folders that a run needs when it goes on."""
 
 
 def extract(source: Path, target: Path) -> Path:
@@ -18,6 +23,7 @@ def extract(source: Path, target: Path) -> Path:
     from tandem.checkpoint.sharded import export_sharded
 
     checkpoint = checkpoint_of(source)
+    _spare_models(checkpoint, target.resolve())
     pieces, whole = checkpoint / "sharded", checkpoint / "model"
     try:
         if pieces.is_dir():
@@ -32,6 +38,19 @@ def extract(source: Path, target: Path) -> Path:
             f"{checkpoint} was retired by its run while it was read; the same command takes a newer one. A larger "
             "checkpoint.keep leaves more time"
         ) from cause
+
+
+def _spare_models(checkpoint: Path, target: Path) -> None:
+    """Refuse the place of a model that the run loads: an export of another run may be what this one began with."""
+    try:
+        text = (checkpoint / "config.yaml").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return
+    given = flatten(parse(text, str(checkpoint / "config.yaml")).data)
+    for key in LOADED:
+        path = given.get(key)
+        if isinstance(path, str) and Path(path).expanduser().resolve() == target:
+            raise ConfigError(f"{target} is {key} of this run; export to a path that is not there yet")
 
 
 def checkpoint_of(source: Path) -> Path:

@@ -138,7 +138,7 @@ def export(
         Path, typer.Argument(metavar="RUN", help="Folder of a run, or one of its checkpoints.")
     ],
     target: Annotated[
-        Path, typer.Argument(metavar="TARGET", help="Folder to write, or an export to replace.")
+        Path, typer.Argument(metavar="TARGET", help="Folder to write; an older export there is replaced.")
     ],
     debug: Debug = False,
 ) -> None:

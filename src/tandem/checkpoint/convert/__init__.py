@@ -19,7 +19,7 @@ from tandem.checkpoint.convert.megatron import Megatron, check_types, write_mega
 from tandem.checkpoint.convert.ranks import is_megatron, open_ranks
 from tandem.checkpoint.convert.source import Cast, Source, size_in_bytes
 from tandem.checkpoint.disk import free_bytes
-from tandem.checkpoint.export import export
+from tandem.checkpoint.export import put
 from tandem.errors import ConfigError, RunError
 
 FORMATS = ("hf", "megatron")
@@ -122,7 +122,7 @@ def convert(
             write_megatron(weights, model, layout, folder, say)
             write_arguments(folder, described, model, layout, kept)
 
-        return export(write, target)
+        return put(write, target)
 
 
 def _layout(cut: Cut, weights: Source, model: Architecture, say: Callable[[str], None]) -> Layout:
