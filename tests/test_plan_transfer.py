@@ -48,13 +48,16 @@ def test_every_device_of_an_engine_takes_all_of_the_weights_that_travel(tmp_path
         run = large(tmp_path, "dense", *VLLM, UNPROVED, *more)
         lengths = lengths_of(run, None, None)
         rates = replace(assumed(find("b200"), "bf16"), near=1e9, far=1e9)
+        place = links(rates, 16, 8)
         offers = plan(run, rates, count=16, per_node=8, lengths=lengths, top=10**6).offers
         shape = footprint.shape_of(run.model, None)
         sent = 2 * (shape.adapter or shape.parameters)
         assert {offer.engine.tensor for offer in offers} > {8}
         for offer in offers:
             size = offer.axes.tensor * offer.axes.cut * offer.axes.pipeline
-            assert offer.moving["transfer"] == pytest.approx(sent * ((size - 1) / size + 1) / 1e9, rel=0.01)
+            messages = shape.tensors * place.all_gather(0.0, size, 1)
+            wanted = sent * ((size - 1) / size + 1) / 1e9 + messages
+            assert offer.moving["transfer"] == pytest.approx(wanted, rel=1e-3)
         transfers[name] = offers[0].moving["transfer"]
     assert transfers["adapter"] < transfers["whole"] / 100
 
@@ -64,7 +67,9 @@ def test_handles_of_memory_move_nothing_but_what_is_gathered(tmp_path):
     sent = transfer(large(tmp_path, "dense", *VLLM, UNPROVED), Axes(shard=8))
     whole = 2 * by_handles.shape.parameters
     assert sent.seconds - by_handles.seconds == pytest.approx(whole / (0.7 * 450e9), rel=1e-4)
-    assert by_handles.seconds == pytest.approx(whole * 7 / 8 / (0.7 * 450e9), rel=0.01)
+    # Of 80 layers nine tensors each, embedding, norm and head, in seven messages of 2 microseconds.
+    messages = (80 * 9 + 3) * 7 * 2e-6
+    assert by_handles.seconds == pytest.approx(whole * 7 / 8 / (0.7 * 450e9) + messages, rel=1e-3)
 
 
 def test_weights_of_another_type_are_so_much_more(tmp_path):
@@ -123,8 +128,8 @@ def test_what_was_measured_counts_for_each_byte_and_for_each_pass_over_the_probe
     alone = transfer(run, Axes(replicate=8), measured_here).seconds
     assert alone == pytest.approx(shape.parameters * (2e-9 + 2 * 1e-10))
     gathered = transfer(run, Axes(shard=8), measured_here).seconds - alone
-    size = 2 * shape.parameters
-    assert gathered == pytest.approx(size * 7 / 8 / (0.7 * 450e9) + 2 * size / (0.7 * 4.8e12), rel=0.01)
+    messages = shape.tensors * 7 * 2e-6
+    assert gathered == pytest.approx(2 * shape.parameters * 7 / 8 / (0.7 * 450e9) + messages)
     adapted = large(tmp_path, "dense", *VLLM, "model.lora={rank: 8}")
     small = footprint.shape_of(adapted.model, None)
     wanted = small.adapter * 2e-9 + 3 * 1e-10 * small.parameters

@@ -69,6 +69,8 @@ class Shape:
     """Of all experts in all layers."""
     adapter: int
     """Of `dense`, the weights of adapters."""
+    tensors: int
+    """That go to an engine: those of the adapter, or where there is none all."""
 
     @property
     def used(self) -> float:
@@ -135,6 +137,7 @@ def shape_of(model: Model, tokenizer: PreTrainedTokenizerFast | None, path: str 
         expert_width=int(getattr(text, "moe_intermediate_size", text.intermediate_size)),
         expert_parameters=experts,
         adapter=sum(p.numel() for name, p in named if ".lora_" in name),
+        tensors=sum(".lora_" in name for name, _ in named) or len(named),
     )
 
 

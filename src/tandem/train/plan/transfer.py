@@ -34,16 +34,24 @@ class Transfer:
     def seconds(self) -> float:
         """Of weights, or of a model with one the adapter: they are gathered, and each device of the engines takes all
         of them."""
-        parts, links = self.axes.tensor * self.axes.cut * self.axes.pipeline, self.links
-        gathered = links.all_gather(self._bytes, parts, 1)
         if (sending := self.rates.sending) is not None:
-            copied = 2 * self._bytes / self.rates.bandwidth if parts > 1 else 0.0
             proved = self._probes * self.shape.parameters * sending.probe_s
-            return gathered + copied + self._bytes * sending.byte_s + proved
+            return self._gathered() + self._bytes * sending.byte_s + proved
         if self.run.engine.transfer == "ipc":
-            return gathered + self._proof()
-        stride = 1 if links.count <= links.per_node else links.per_node
-        return gathered + links.send(self._bytes, stride) + self._proof()
+            return self._gathered() + self._proof()
+        stride = 1 if self.links.count <= self.links.per_node else self.links.per_node
+        return self._gathered() + self.links.send(self._bytes, stride) + self._proof()
+
+    def _gathered(self) -> float:
+        """What several learners hold together, one tensor after the other."""
+        parts = self.axes.tensor * self.axes.cut * self.axes.pipeline
+        # The whole's time counts the messages of one tensor.
+        messages = (self.shape.tensors - 1) * self.links.all_gather(0.0, parts, 1)
+        copied = 0.0
+        if parts > 1 and self.rates.exchanges is not None:
+            # Into the messages, and out of them.
+            copied = 2 * self._bytes / self.rates.bandwidth
+        return self.links.all_gather(self._bytes, parts, 1) + messages + copied
 
     def _proof(self) -> float:
         """Checksums at both ends, and the probe; on average, where not every transfer is proved."""
