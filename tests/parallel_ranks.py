@@ -21,13 +21,15 @@ from tandem.config import Run
 from tandem.config.layout import Layout
 from tandem.config.sections import Model
 from tandem.engine.probe import policy_logp, probe_tokens
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, RunError
 from tandem.learner import Actor
 from tandem.model import load
 from tandem.model.asleep import Asleep
+from tandem.model.finite import check_updated
 from tandem.model.new import new_tokenizer
 from tandem.model.parallel.grid import Grid, connect
 from tandem.model.parallel.load import load_sharded
+from tandem.model.parallel.mesh import local
 from tandem.model.parallel.shard import on_grid
 from tandem.placement.ranks import actor_of, build_reference
 from tandem.train.snapshot import read_learned, write_learned
@@ -144,6 +146,11 @@ def single(case: Case, folder: Path) -> tuple[Actor, Experience]:
     return actor, take(experience(actor, off_policy=0.4), torch.arange(case.rows))
 
 
+def two_shapes(part: Experience) -> list[Experience]:
+    """Two updates: all rows, and then the shorter half of them, so that neither number nor lengths of packs stay."""
+    return [part, take(part, part.length_B.argsort()[: -(-part.size // 2)])]
+
+
 def spread(case: Case, folder: Path) -> Actor:
     """The actor in its layout."""
     grid = Grid(Layout.model_validate(case.layout), CPU, "learner.layout")
@@ -194,6 +201,7 @@ def everything(rank: int, world: int, address: str, place: str) -> None:
         slices_only(folder)
         weights_in_pickles_are_refused(folder)
         copies_are_summed_once_per_update(folder)
+        a_broken_weight_is_known_to_all(Case(layout={}), folder, rank)
         a_new_model_is_the_same()
         reference_in_another_layout(folder)
         export_while_training(folder)
@@ -212,7 +220,7 @@ def update(case: Case, folder: Path, out: Path, rank: int) -> None:
     _, part = single(case, folder)
     actor = spread(case, folder)
     logp_BT = actor.logprobs(part)
-    figures = actor.update([part, part], 0.05)
+    figures = actor.update(two_shapes(part), 0.05)
     weights = weights_of(actor)
     actor.model.module.eval()
     probe_T = torch.tensor(policy_logp(actor.model, PROBE))
@@ -314,6 +322,19 @@ def copies_are_summed_once_per_update(folder: Path) -> None:
             actor.update([part], 0.05)
         counts[packs] = len(calls)
     assert len(counts) == 2 and len(set(counts.values())) == 1, counts
+
+
+def a_broken_weight_is_known_to_all(case: Case, folder: Path, rank: int) -> None:
+    """That of the last process: no other goes on without it, and all say the same."""
+    actor = spread(case, folder)
+    check_updated(actor.model, 1.0, "learner.optimizer.lr")
+    name, weight = next((n, w) for n, w in reversed(actor.model.trainable().items()) if local(w).numel())
+    if rank == dist.get_world_size() - 1:
+        local(weight).detach().view(-1)[-1] = torch.nan
+    names = [name] * dist.get_world_size()
+    dist.all_gather_object(names, name)
+    with pytest.raises(RunError, match=f"learning rate 1 left .* not finite, {names[-1]} the first"):
+        check_updated(actor.model, 1.0, "learner.optimizer.lr")
 
 
 @contextmanager

@@ -15,7 +15,16 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from parallel_ranks import CPU, Case, go_on, save_and_go_on, single, spread, update
+from parallel_ranks import (
+    CPU,
+    Case,
+    a_broken_weight_is_known_to_all,
+    go_on,
+    save_and_go_on,
+    single,
+    spread,
+    update,
+)
 from tandem.config.layout import Layout
 from tandem.model.parallel.grid import connect
 from tandem.placement.ranks import build_reference
@@ -89,6 +98,7 @@ def everything(rank: int, world: int, address: str, place: str) -> None:
     if world == 2:
         go_on(case({"pipeline_layers": [1, 4]}), folder, saved, "other stages", rank)
         go_on(Case(layout={}, family="qwen2_tied", optimizer={"lr": 0.2}), folder, saved, "shard", rank)
+        a_broken_weight_is_known_to_all(case({}, "qwen3"), folder, rank)
     else:
         save_and_go_on(case({}), folder, saved, rank)
         reference_in_another_layout(folder)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
 from expert_ranks import CASES, EVERYWHERE, EXPORTED, FAMILIES, FROM_ONE, HEADS, SAVED, case, everything
-from parallel_ranks import CPU, PROBE, launch, saved_by_one, single, weights_of
+from parallel_ranks import CPU, PROBE, launch, saved_by_one, single, two_shapes, weights_of
 from tandem.checkpoint.sharded import export_sharded, read_sharded
 from tandem.config.layout import Layout
 from tandem.config.sections import Model
@@ -49,7 +49,7 @@ def test_experts_elsewhere_do_what_experts_here_do(place, world, name):
     made = CASES[world][name]
     actor, part = single(made, place)
     logp_BT, start = actor.logprobs(part), weights_of(actor)
-    figures = actor.update([part, part], 0.05)
+    figures = actor.update(two_shapes(part), 0.05)
     weights = weights_of(actor)
     actor.model.module.eval()
     probe_T = torch.tensor(policy_logp(actor.model, PROBE))

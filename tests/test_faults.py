@@ -236,11 +236,39 @@ def test_prompts_and_answers_that_cannot_fit_are_refused_before_the_first_step(
         train(make_run(random_folder, sampling={"max_answer_tokens": 300}), quiet)
 
 
-def test_weights_that_are_not_finite_stop_the_run_and_leave_a_finite_checkpoint(
+def test_an_update_that_breaks_the_weights_ends_the_run_before_anything_is_made_of_them(
+    adding_folder, make_run, quiet
+):
+    """The rate rises from the first update to the last, and the second is one too many."""
+    optimizer = {"schedule": "linear", "end_lr": 1e39}
+    run = make_run(
+        adding_folder, reward=rewarded("length"), checkpoint={"every": 1}, learner={"optimizer": optimizer}
+    )
+    with pytest.raises(
+        RunError, match=r"learning rate 3.3\d+e\+38 left .*, model.\S+ the .*Lower learner.optim"
+    ):
+        train(run, quiet)
+    assert len(rows(run)) == 1
+    last = newest(Path(run.run_dir) / "checkpoints", strict=True)
+    assert last.name == "step_00000001"
+    assert all(tensor.isfinite().all() for tensor in weights(last / "model").values())
+    quiet.allow_config_change = True
+    lower = run.learner.model_copy(
+        update={"optimizer": run.learner.optimizer.model_copy(update={"end_lr": 1e-4})}
+    )
+    train(run.model_copy(update={"learner": lower}), quiet)
+    assert len(rows(run)) == run.steps and all_finite(run)
+
+
+def test_a_warm_up_that_breaks_the_weights_ends_the_run(make_run, quiet):
+    warmup = {"steps": 2, "batch": 2, "lr": 1e39}
+    with pytest.raises(RunError, match=r"left weights that are not finite.* Lower warmup.lr"):
+        train(make_run(warmup=warmup), quiet)
+
+
+def test_gradients_that_are_not_finite_stop_the_run_and_leave_a_finite_checkpoint(
     random_folder, make_run, quiet, monkeypatch
 ):
-    from tandem.learner import Actor
-
     honest, seen = Actor._accumulate, []
 
     def poisoned(self, part, kl_coef):

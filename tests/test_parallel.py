@@ -24,6 +24,7 @@ from parallel_ranks import (
     more,
     saved_by_one,
     single,
+    two_shapes,
     weights_of,
 )
 from tandem.checkpoint.sharded import export_sharded, read_model, read_sharded, read_whole
@@ -72,7 +73,7 @@ def test_many_processes_do_what_one_does(place, world, name):
     case = CASES[world][name]
     actor, part = single(case, place)
     logp_BT, start = actor.logprobs(part), weights_of(actor)
-    figures = actor.update([part, part], 0.05)
+    figures = actor.update(two_shapes(part), 0.05)
     weights = weights_of(actor)
     actor.model.module.eval()
     probe_T = torch.tensor(policy_logp(actor.model, PROBE))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from parallel_ranks import CPU, PROBE, launch, single, weights_of
+from parallel_ranks import CPU, PROBE, launch, single, two_shapes, weights_of
 from pipeline_ranks import CASES, FAMILIES, case, everything
 from tandem.config.layout import Layout
 from tandem.config.sections import Model
@@ -39,7 +39,7 @@ def test_stages_do_what_one_process_does(place, world, name):
     made = CASES[world][name]
     actor, part = single(made, place)
     logp_BT, start = actor.logprobs(part), weights_of(actor)
-    figures = actor.update([part, part], 0.05)
+    figures = actor.update(two_shapes(part), 0.05)
     weights = weights_of(actor)
     actor.model.module.eval()
     probe_T = torch.tensor(policy_logp(actor.model, PROBE))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import expert_ranks
 import pipeline_ranks
 from expert_ranks import EVERYWHERE
-from parallel_ranks import CPU, PROBE, launch, single, update, weights_of
+from parallel_ranks import CPU, PROBE, launch, single, two_shapes, update, weights_of
 from tandem.engine.probe import policy_logp
 from tandem.model.new import new_tokenizer
 from tandem.model.parallel.grid import connect
@@ -61,7 +61,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_product_of_axes_does_what_one_process_does(place, name):
     actor, part = single(PRODUCTS[name], place)
     logp_BT, start = actor.logprobs(part), weights_of(actor)
-    figures = actor.update([part, part], 0.05)
+    figures = actor.update(two_shapes(part), 0.05)
     weights = weights_of(actor)
     assert max(float((weights[n] - start[n]).abs().max()) for n in weights) > 2e-3
     actor.model.module.eval()

@@ -301,6 +301,39 @@ def policy_loss(
     return loss, {name: value.detach() for name, value in sums.items()}
 
 
+def add(totals: dict[str, float], sums: dict[str, float]) -> None:
+    """Gather the sums of `policy_loss`: those named `max/*` by their maximum."""
+    for name, value in sums.items():
+        old = totals.get(name, 0.0)
+        totals[name] = max(old, value) if name.startswith("max/") else old + value
+
+
+def means(totals: dict[str, float], updates: int) -> dict[str, float]:
+    """Metrics from the sums of `policy_loss`: losses per update, the rest per trained token, where there was one."""
+    tokens = totals.get("tokens", 0.0)
+    losses = {
+        f"actor/{name}": totals.get(f"loss/{short}", 0.0) / max(1, updates)
+        for name, short in (("pg_loss", "pg"), ("kl_loss", "kl"), ("loss", "total"))
+    }
+    if not tokens:
+        return losses
+
+    def mean(name: str, over: float = tokens) -> float:
+        return totals.get(name, 0.0) / over
+
+    return losses | {
+        "actor/entropy": mean("entropy"),
+        "actor/pg_clipfrac": mean("clip_low") + mean("clip_high"),
+        "actor/pg_clipfrac_low": mean("clip_low"),
+        "actor/pg_clipfrac_high": mean("clip_high"),
+        "actor/ppo_kl": mean("ppo_kl"),
+        "actor/ratio_mean": mean("ratio"),
+        "actor/ratio_max": totals.get("max/ratio", 1.0),
+        "rollout/logp_gap_mean": mean("gap", max(1.0, totals.get("gap_tokens", 0.0))),
+        "rollout/logp_gap_max": totals.get("max/gap", 0.0),
+    }
+
+
 def sequence_log_ratio(log_ratio_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """The mean log-ratio of the answer at each of its tokens, with the gradient of that token's own log-probability
     (GSPO-token, arXiv 2507.18071, eq. 13-14): summed with sequence-mean weights it is GSPO's gradient."""

@@ -1,5 +1,6 @@
 """The roles that run a model over whole batches: actor and critic, which learn, and the reference, which does not."""
 
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,12 +10,13 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from tandem.algorithms import policy_loss
+from tandem.algorithms import add, means, policy_loss
 from tandem.config.run import Run
 from tandem.config.sections import Algorithm, Learner
 from tandem.config.sections import Optimizer as OptimizerConfig
 from tandem.errors import RunError
 from tandem.model import LanguageModel, token_logprobs, token_values
+from tandem.model.finite import check_updated
 from tandem.model.parallel.mesh import local
 from tandem.optimizer import Optimizer
 from tandem.types import Batch, BatchT, Experience, take, to_device
@@ -201,16 +203,18 @@ class Pupil(Role):
             self.optimizer.zero_grad()
             sums = self.model.mesh.combine(accumulate(take(part, rows)))
             norm = self.optimizer.gradient_norm()
-            if not (norm.isfinite() and torch.isfinite(torch.tensor(sums["loss/total"]))):
+            size = float(norm)
+            if not (math.isfinite(size) and math.isfinite(sums["loss/total"])):
                 skipped_nonfinite += 1
-                self._count_nonfinite(part, float(norm))
+                self._count_nonfinite(part, size)
                 continue
             self.nonfinite_in_a_row, lr = 0, self.optimizer.lr
             self.optimizer.step(norm)
+            check_updated(self.model, lr, f"{self.key}.optimizer.lr")
             if norms:
                 # Only the first update still has the sampler's weights: later gaps are the policy's own motion.
                 sums = {name: value for name, value in sums.items() if "gap" not in name}
-            norms.append(float(norm))
+            norms.append(size)
             add(totals, sums)
         self.optimizer.zero_grad()
         return totals, {
@@ -364,36 +368,3 @@ def live_rows(part: Experience, algorithm: Algorithm) -> Tensor:
     if not (kl_term or algorithm.entropy):
         trained_B &= (part.advantage_BT * part.weight_BT != 0).any(-1)
     return trained_B.nonzero().squeeze(1)
-
-
-def add(totals: dict[str, float], sums: dict[str, float]) -> None:
-    """Gather the sums of `policy_loss`: those named `max/*` by their maximum."""
-    for name, value in sums.items():
-        old = totals.get(name, 0.0)
-        totals[name] = max(old, value) if name.startswith("max/") else old + value
-
-
-def means(totals: dict[str, float], updates: int) -> dict[str, float]:
-    """Metrics from the sums of `policy_loss`: losses per update, the rest per trained token, where there was one."""
-    tokens = totals.get("tokens", 0.0)
-    losses = {
-        f"actor/{name}": totals.get(f"loss/{short}", 0.0) / max(1, updates)
-        for name, short in (("pg_loss", "pg"), ("kl_loss", "kl"), ("loss", "total"))
-    }
-    if not tokens:
-        return losses
-
-    def mean(name: str, over: float = tokens) -> float:
-        return totals.get(name, 0.0) / over
-
-    return losses | {
-        "actor/entropy": mean("entropy"),
-        "actor/pg_clipfrac": mean("clip_low") + mean("clip_high"),
-        "actor/pg_clipfrac_low": mean("clip_low"),
-        "actor/pg_clipfrac_high": mean("clip_high"),
-        "actor/ppo_kl": mean("ppo_kl"),
-        "actor/ratio_mean": mean("ratio"),
-        "actor/ratio_max": totals.get("max/ratio", 1.0),
-        "rollout/logp_gap_mean": mean("gap", max(1.0, totals.get("gap_tokens", 0.0))),
-        "rollout/logp_gap_max": totals.get("max/gap", 0.0),
-    }

@@ -14,6 +14,7 @@ from tandem.config.sections import Optimizer as OptimizerConfig
 from tandem.data import tasks
 from tandem.learner import MIB, micro_batches
 from tandem.model import LanguageModel, token_logprobs
+from tandem.model.finite import check_updated
 from tandem.optimizer import Optimizer
 from tandem.types import Prompt, pad
 
@@ -83,6 +84,7 @@ def supervise(
             loss += part.item()
         rate = trainer.lr
         trainer.step(trainer.gradient_norm())
+        check_updated(model, rate, "warmup.lr")
         on_step(step, {"warmup/loss": loss, "warmup/lr": rate})
 
 

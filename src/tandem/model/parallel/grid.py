@@ -1,6 +1,6 @@
 """The processes of a model as a grid: its axes, their groups, and the sums over them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -88,6 +88,15 @@ class Grid(Mesh):
         said = [self._over_data(sums) if last else {}]
         dist.broadcast_object_list(said, group_src=self.pipeline.size - 1, group=self.pipeline.group)
         return said[0]
+
+    def first(self, found: Tensor, name: Callable[[], str | None]) -> str | None:
+        anywhere = found.to(self.device, torch.float32)
+        dist.all_reduce(anywhere)
+        if not anywhere:
+            return None
+        said: list[str | None] = [None] * self.world
+        dist.all_gather_object(said, name())
+        return next((each for each in said if each is not None), None)
 
     def over_stages(self, figures: Mapping[str, float]) -> dict[str, float]:
         """What all processes of a pipeline know, together. Collective."""

@@ -1,6 +1,6 @@
 """Which process does what, as the learner sees it; the plain case is one process that does everything."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -26,6 +26,11 @@ class Mesh:
     def combine(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Figures of all data ranks together: those named `max/*` by their maximum, the others by their sum."""
         return dict(sums)
+
+    def first(self, found: Tensor, name: Callable[[], str | None]) -> str | None:
+        """`name()` of the first process where it is one, asked only if any of them has `found` something; the same
+        for all. Collective."""
+        return name() if found else None
 
 
 ALONE = Mesh()
