@@ -329,6 +329,19 @@ def test_answer_may_fill_the_positions_but_not_exceed_them():
         engine.generate([Request(tokens=prompt, key=0)], SamplingParams(max_tokens=5))
 
 
+@pytest.mark.parametrize("keys", [{}, {"temperature": 0}, {"top_k": 5}, {"repetition_penalty": 1.3}], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_end_the_call_with_their_cause(keys, value):
+    """They are found when the host asks for answers, and their rows take no further steps."""
+    model, taken = language_model(), []
+    model.decoder.norm.weight.data[3] = value
+    requests = [Request(tokens=p, key=i) for i, p in enumerate(PROMPTS)]
+    engine = EmbeddedEngine(model, slots=3)
+    with pytest.raises(RunError, match=r"token 1 of an answer .* logits are not finite\. Its weights"):
+        engine.generate(requests, SamplingParams(max_tokens=40, **keys), poll=lambda *_: taken.append(1))
+    assert len(taken) == 1
+
+
 def test_no_requests_give_no_answers():
     assert EmbeddedEngine(language_model(), 2).generate([], SamplingParams()) == []
 

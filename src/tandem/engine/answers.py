@@ -1,5 +1,6 @@
 """Answers in the making, as tensors: what a step adds to each of them needs no word from the host."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from tandem.engine.random import keys_tensor, uniforms
 from tandem.engine.sampling import SamplingParams, choose
+from tandem.errors import RunError
 
 PAUSED = "paused"
 
@@ -111,7 +113,8 @@ class Answers:
         self.policy_logp_BT[cut].scatter_(1, column_B1, policy_logp_B[:, None])
         self.token_B[cut] = token_B
         count_B += ~done_B
-        done_B |= self._ends_V[token_B] | (count_B >= self.limit_B[cut])
+        # Logits that are not finite end an answer, for `read` to say so: no step waits for word of them.
+        done_B |= self._ends_V[token_B] | (count_B >= self.limit_B[cut]) | logp_B.isnan()
         if seen_BV is not None:
             seen_BV.scatter_(1, token_B[:, None], True)
 
@@ -137,7 +140,7 @@ class Answers:
         return [*rows, self.token_B, self.count_B, self.limit_B, self.done_B, self.stopped_B, *seen]
 
     def read(self, slots: list[int], requests: Sequence[Request]) -> list[Completion]:
-        """The answers of some rows to their requests, as they are now."""
+        """The answers of some rows to their requests, as they are now; RunError where logits were not finite."""
         index = torch.tensor(slots, dtype=torch.long, device=self.device)
         columns = (
             self.done_B,
@@ -151,6 +154,12 @@ class Answers:
         for request, done, stopped, count, tokens, logp, policy_logp in zip(
             requests, *(column[index].tolist() for column in columns), strict=True
         ):
+            if math.isnan(logp[count - 1]):
+                raise RunError(
+                    f"token {count} of an answer cannot be drawn: the model's logits are not finite. Its weights hold "
+                    "NaN or infinities, or are too large for model.dtype; go on from other weights, such as those of "
+                    "an earlier checkpoint"
+                )
             ended = "stop" if stopped or tokens[count - 1] in self.stop_tokens else "length"
             versions = request.begun.versions
             read.append(

@@ -80,18 +80,21 @@ def inverse_cdf(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """The entry whose cumulative probability first exceeds uniform x total; one number per row is enough.
 
     First the block of entries is found, then the entry in it: a running sum over all of them would be a long chain.
+    Of a row that holds NaN it is any entry.
     """
-    rows, short = len(probability_BV), -probability_BV.shape[-1] % BLOCK
+    (rows, entries), short = probability_BV.shape, -probability_BV.shape[-1] % BLOCK
     blocks_BNK = pad(probability_BV, (0, short)).view(rows, -1, BLOCK)
     cumulative_BN = blocks_BNK.sum(-1).cumsum(-1)
     threshold_B1 = uniform_B[:, None] * cumulative_BN[:, -1:]
-    block_B1 = torch.searchsorted(cumulative_BN, threshold_B1, right=True)
+    block_B1 = torch.searchsorted(cumulative_BN, threshold_B1, right=True).clamp(
+        max=cumulative_BN.shape[1] - 1
+    )
     before_B1 = cumulative_BN.gather(1, (block_B1 - 1).clamp(min=0)).masked_fill(block_B1 == 0, 0)
     inside_BK = blocks_BNK.gather(1, block_B1[:, :, None].expand(-1, 1, BLOCK)).squeeze(1).cumsum(-1)
     # The block's own sum may be rounded below the threshold: its last entry of any probability is then meant.
     last_B1 = torch.searchsorted(inside_BK, inside_BK[:, -1:].contiguous())
     entry_B1 = torch.searchsorted(inside_BK, threshold_B1 - before_B1, right=True).minimum(last_B1)
-    return (block_B1 * BLOCK + entry_B1).squeeze(1)
+    return (block_B1 * BLOCK + entry_B1).clamp(max=entries - 1).squeeze(1)
 
 
 BLOCK = 64
