@@ -156,6 +156,8 @@ def _translated(errors: Iterable[ErrorDetails], data: dict[str, Any], layers: Se
         place = _place(name, layers)
         key = keys().get(plain(name).removesuffix("[]"))
         expected = key.expected if key else "section"
+        if error["type"] == "finite_number":
+            expected = f"finite {expected}"
         if error["type"] == "extra_forbidden":
             hint = suggest(plain(name), [*keys(), "extends"])
             lines[name] = f"{name}{place}: unknown key.{hint}"

@@ -57,7 +57,7 @@ class Reward(Section):
     (0, `model`). null: both score every answer."""
     workers: int = Field(1, gt=0)
     """Processes that score."""
-    timeout_s: float = Field(10.0, gt=0)
+    timeout_s: float = Field(10.0, gt=0, le=86400)
     """Seconds for one answer; then its process is killed and replaced."""
     memory_mb: int = Field(2048, gt=0)
     """Address space of one process."""

@@ -37,7 +37,7 @@ class Run(Section):
     """Folder of the run; `runs/<recipe>` unless given."""
     steps: int = Field(100, ge=0)
     """Passes of the loop: sample, score, update, publish."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Every random number of the run follows from it."""
     device: str = "auto"
     """`auto` for the accelerator if there is one, else `cpu`; or a device by name, such as `cuda:1`."""

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cache
@@ -103,8 +103,7 @@ def _expected(info: FieldInfo) -> str:
     """`number above 0 and at most 1, or null`."""
     options = get_args(info.annotation) if get_origin(info.annotation) in (Union, UnionType) else ()
     kind = " or ".join(_type(a) for a in options if a is not NoneType) or _type(info.annotation)
-    bounds = " and ".join(_bound(bound) for bound in info.metadata)
-    return f"{kind} {bounds}".strip() + (", or null" if NoneType in options else "")
+    return f"{kind}{_bounds(info.metadata)}" + (", or null" if NoneType in options else "")
 
 
 def _type(annotation: Any) -> str:
@@ -115,12 +114,23 @@ def _type(annotation: Any) -> str:
         return ("one of " if len(args) > 1 else "") + ", ".join(f"`{a}`" for a in args)
     if origin is list:
         inner = _type(args[0]).removeprefix("one of ")
-        return f"list of {inner}{'' if args[0] is str or get_origin(args[0]) is Literal else 's'}"
+        plural = "" if args[0] is str or get_origin(args[0]) is Literal else "s"
+        return f"list of {inner}{plural}{_bounds_of(args[0])}"
     if origin is tuple:
-        return f"list of {len(args)} {_type(args[0])}s"
+        return f"list of {len(args)} {_type(args[0])}s{_bounds_of(args[0])}"
     if origin is dict:
         return "mapping of names to values"
     return _WORDS.get(annotation, "section")
+
+
+def _bounds_of(item: Any) -> str:
+    """Bounds on each item of a list."""
+    fields = get_args(item)[1:] if get_origin(item) is Annotated else ()
+    return _bounds([bound for field in fields for bound in field.metadata])
+
+
+def _bounds(bounds: Sequence[Any]) -> str:
+    return f" {' and '.join(map(_bound, bounds))}" if bounds else ""
 
 
 def _bound(bound: Any) -> str:

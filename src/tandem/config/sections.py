@@ -3,7 +3,7 @@
 Sizes are said in these words only: prompts_per_step, answers_per_prompt, updates_per_step, tokens_per_forward.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -33,6 +33,12 @@ class NewModel(Section):
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of heads={self.heads}, "
                 f"and heads a multiple of kv_heads={self.kv_heads}"
+            )
+        size = self.hidden_size // self.heads
+        if size % 2:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} and heads={self.heads} make heads of size {size}; positions turn the "
+                "numbers of a head in pairs, so set an even size"
             )
         return self
 
@@ -146,7 +152,7 @@ class Sampling(Section):
     """Divides positive logits of tokens seen so far, multiplies negative ones."""
     stop: list[str] = []
     """An answer ends when one of these texts appears in it."""
-    stop_tokens: list[int] = []
+    stop_tokens: list[Annotated[int, Field(ge=0)]] = []
     """Further end tokens, beside those of the model's generation config."""
     max_lag: int = Field(0, ge=0)
     """Oldest weights a group may come from, in steps behind the trainer: 0 is on-policy."""
@@ -188,7 +194,7 @@ class Kl(Section):
 class Clip(Section):
     """Bounds on the importance ratio."""
 
-    low: float | None = Field(0.2, gt=0)
+    low: float | None = Field(0.2, gt=0, lt=1)
     """Ratio is clipped below at 1 - low; null for no bound."""
     high: float | None = Field(0.2, gt=0)
     """Ratio is clipped above at 1 + high; null for no bound."""
@@ -266,12 +272,15 @@ class Algorithm(Section):
         return self
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimizer(Section):
     """AdamW and its learning rate."""
 
     lr: float = Field(1e-6, ge=0)
     """Peak learning rate of AdamW."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the first and second moment."""
     eps: float = Field(1e-8, gt=0)
     """Added to the root of the second moment."""

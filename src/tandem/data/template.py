@@ -180,6 +180,16 @@ def bos_text(name: str, template: Template, tokenizer: "PreTrainedTokenizerBase"
     return tokenizer.bos_token if template.bos == "always" or adds_bos else ""
 
 
+def check_stop_tokens(stop_tokens: Sequence[int], vocab_size: int) -> None:
+    """ConfigError for one that the model never says."""
+    for token in stop_tokens:
+        if token >= vocab_size:
+            raise ConfigError(
+                f"sampling.stop_tokens={token}: the model has the tokens 0 to {vocab_size - 1}; give one of these, or "
+                "the text as sampling.stop"
+            )
+
+
 def split_stops(
     stops: Sequence[str], tokenizer: "PreTrainedTokenizerBase", key: str
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
