@@ -73,6 +73,16 @@ def test_what_is_no_finite_number_is_invalid(own: Path, scorer: Callable[..., Sc
     assert "NoneType" in scores[3].detail
 
 
+def test_a_number_that_32_bits_do_not_hold_is_invalid_alone_and_as_a_sum(
+    own: Path, scorer: Callable[..., Scorer]
+) -> None:
+    name = f"{own}:behave"
+    scores = scorer(name).score([group("large", "largest")])[0]
+    assert kinds(scores) == ["invalid", 3.4e38] and "returned -1e+308" in scores[0].detail
+    (score,) = scorer({"name": name, "weight": -1.5}).score([group("largest")])[0]
+    assert score.failure == "invalid" and "the weighted sum of" in score.detail
+
+
 @pytest.mark.parametrize(
     ("death", "how"), [("exit", "status 3"), ("kill", "signal 9"), ("segfault", "signal 11")]
 )

@@ -53,6 +53,8 @@ BEHAVIOUR = {
     "nan": lambda: float("nan"),
     "inf": lambda: -float("inf"),
     "huge": lambda: 10**400,
+    "large": lambda: -1e308,
+    "largest": lambda: 3.4e38,
     "none": lambda: None,
     "text": lambda: "1.0",
     "list": lambda: [1.0],

@@ -16,6 +16,7 @@ from tandem.rewards.channel import HEADER
 from tandem.rewards.function import locate
 from tandem.rewards.pool import Pool
 from tandem.rewards.process import Task
+from tandem.rewards.range import fits
 from tandem.types import Score, ScoredBy
 
 ASYNC_GRACE_S = 1.0
@@ -111,7 +112,7 @@ class Scorer:
         ):
             model = self._config.model
             assert model is not None
-            if math.isfinite(value):
+            if fits(value):
                 parts.setdefault(place, {})[model.name] = value
             else:
                 detail = f"{model.name}: the score is {value}; reward.model.path={model.path}"
@@ -158,7 +159,12 @@ class Scorer:
         # In the order of the configuration, so that the sum does not depend on which worker was first.
         weights = self._weights[answer.scored_by]
         parts = {name: parts[name] for name in weights}
-        merit = math.fsum(weight * parts[name] for name, weight in weights.items())
+        terms = [weight * parts[name] for name, weight in weights.items()]
+        if not all(map(fits, terms)) or not fits(sum(terms)):
+            return self._failed(
+                answer, "invalid", f"the weighted sum of {dict(parts)} is beyond 32-bit numbers"
+            )
+        merit = math.fsum(terms)
         config = self._config
         if not config.overlong_buffer:
             return Score(reward=merit, parts=parts)

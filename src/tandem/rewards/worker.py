@@ -23,6 +23,7 @@ from tandem.errors import ConfigError
 from tandem.rewards import limits
 from tandem.rewards.channel import Inbox, frame
 from tandem.rewards.function import Function, load
+from tandem.rewards.range import fits
 from tandem.rewards.verifiers import SYMBOLIC
 
 Outcome = dict[str, Any]
@@ -60,14 +61,14 @@ def failed(kind: str, name: str, detail: str) -> Outcome:
 
 
 def judged(name: str, value: Any) -> Outcome:
-    """A finite number, or the failure `invalid`."""
+    """A number of at most 32 bits, or the failure `invalid`."""
     if not isinstance(value, numbers.Real):
         return failed("invalid", name, f"returned {type(value).__name__}, not a number")
     try:
         score = float(value)
     except OverflowError:
         score = math.inf
-    return {"parts": {name: score}} if math.isfinite(score) else failed("invalid", name, f"returned {score}")
+    return {"parts": {name: score}} if fits(score) else failed("invalid", name, f"returned {score}")
 
 
 def _fill(function: Function, answer: dict[str, Any]) -> Any:
