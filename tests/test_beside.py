@@ -38,7 +38,9 @@ def folders(tmp_path_factory) -> Path:
     for change in ("labels", "words", "torn"):
         spoiled(made / "judge", made / change, change)
     copytree(made / "judge", made / "untied")
-    other_config(made / "untied", tie_word_embeddings=False)
+    # Of these the config does not say what they are.
+    other_config(made / "untied", tie_word_embeddings=False, architectures=None)
+    other_config(made / "torn", architectures=None)
     copytree(made / "policy_like", made / "speech")
     other_config(made / "speech", model_type="whisper_encoder")
     copytree(made / "policy_like", made / "segments")
@@ -73,6 +75,7 @@ WRONG = [
     ("reference", "words", r"words: its tokenizer has \d+ entries"),
     ("reference", "wide", "wide has 272 output rows and the policy has 264"),
     ("reference", "untied", r"untied has no output head \(lm_head\.weight\)"),
+    ("reference", "judge", "judge is a Qwen2ForSequenceClassification, which writes no text"),
     ("reference", "torn", r"torn: model\.safetensors is damaged"),
     ("reference", "speech", r"speech: its config\.json cannot be used"),
     ("critic", "nowhere", "nowhere does not exist"),

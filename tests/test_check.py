@@ -26,8 +26,8 @@ from tandem.train.check import LOOKS, check
 from tandem.train.folder_bytes import folder_bytes
 from tandem.train.layouts import check_layouts
 from tandem.train.plan.axes import Axes
-from tandem.train.run import train
-from tiny_models import language_model
+from tandem.train.run import Launch, train
+from tiny_models import classifier, language_model
 
 SLOW = """import time
 
@@ -185,6 +185,20 @@ def test_a_model_without_its_weights_that_would_not_fit_is_found_from_its_config
 
 
 MANY = ["placement.kind=apart", "placement.learners=4", "placement.engines=2"]
+
+
+@pytest.mark.parametrize("placement", ["inline", "apart"])
+def test_a_classifier_is_no_policy(tmp_path, placement):
+    path = recipe(
+        tmp_path,
+        model={"new": None, "path": str(classifier(tmp_path / "judge"))},
+        placement={"kind": placement},
+    )
+    with pytest.raises(
+        ConfigError, match=r"^model\.path=\S+judge is a Qwen2ForSequenceClassification, which"
+    ) as told:
+        train(load(path), Launch(recipe=str(path)))
+    assert str(told.value) in only(findings(path), "problem")["model"]
 
 
 def test_layouts_are_held_against_the_model_and_nothing_is_loaded(tmp_path):

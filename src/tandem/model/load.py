@@ -37,10 +37,12 @@ SIZES = (
 
 
 def tokenizer_of(config: Model) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer, without its weights."""
+    """The policy's tokenizer, without its weights; ConfigError where its folder has those of another kind of model."""
     if config.new is not None:
         return new_tokenizer()
-    return load_tokenizer(existing(config.path), config.trust_remote_code)
+    source = existing(config.path)
+    check_speaks(describe(source, config.trust_remote_code), source)
+    return load_tokenizer(source, config.trust_remote_code)
 
 
 def load(
@@ -128,6 +130,7 @@ def check_reference(
     source = existing(path, REFERENCE_KEY)
     check_vocabulary(tokenizer, load_tokenizer(source, trust, REFERENCE_KEY), REFERENCE_KEY, path)
     config = describe(source, trust, REFERENCE_KEY)
+    check_speaks(config, path, REFERENCE_KEY)
     rows = config.get_text_config().vocab_size
     if rows != vocab_size:
         raise ConfigError(
@@ -179,6 +182,7 @@ def load_network(
     source: str, dtype: torch.dtype, trust_remote_code: bool = False, key: str = "model.path"
 ) -> PreTrainedModel:
     """Weights from safetensors only; every tensor that the architecture needs must be there."""
+    check_speaks(describe(source, trust_remote_code, key), source, key)
     try:
         network, report = AutoModelForCausalLM.from_pretrained(
             source,
@@ -243,6 +247,20 @@ def describe(path: str, trust_remote_code: bool = False, key: str = "model.path"
             f"{' and no '.join(absent)}; use one of a family that has, such as Qwen2, Qwen3, Llama or Mistral"
         )
     return config
+
+
+def check_speaks(config: PreTrainedConfig, path: str, key: str = "model.path") -> None:
+    """ConfigError where a model was saved with another head than that of a language model, as by its config: its layers
+    would be read, and its head silently left behind or missed."""
+    other = [name for name in config.architectures or () if any(head in name for head in OTHER_HEADS)]
+    if other:
+        raise ConfigError(
+            f"{key}={path} is a {other[0]}, which writes no text; give the folder of a causal language model"
+        )
+
+
+OTHER_HEADS = ("Classification", "QuestionAnswering", "Reward")
+"""What the architecture of a model that writes no text has in its name."""
 
 
 def first_line(cause: BaseException) -> str:

@@ -21,6 +21,7 @@ from tandem.model.language_model import LanguageModel
 from tandem.model.load import (
     DTYPES,
     REFERENCE_KEY,
+    check_speaks,
     describe,
     existing,
     load_tokenizer,
@@ -103,6 +104,7 @@ def adapted(network: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
 def empty_network(source: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
     """The architecture of a Hugging Face folder; its weights have shapes but no storage, its buffers are real."""
     config = describe(source, trust_remote_code)
+    check_speaks(config, source)
     with init_empty_weights(include_buffers=False):
         network = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=NAME, trust_remote_code=trust_remote_code
