@@ -40,6 +40,12 @@ def set_aside(name: str) -> str | None:
     return match["target"] if match and match["kind"] == "old" else None
 
 
+def leftover_of(name: str) -> str | None:
+    """The name of which a folder is left over, unfinished or set aside; None for any other folder."""
+    match = _LEFTOVER.fullmatch(name)
+    return match["target"] if match else None
+
+
 def settle(parent: Path, owned: Callable[[str], bool]) -> None:
     """End what a crash or an error left half done: unfinished folders go, and one set aside whose successor
     never came is put back. Only for names that `owned` accepts; what cannot be removed is reported."""

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from tandem.checkpoint import newest, read_json, read_tensors, save, write_tensors
 from tandem.checkpoint.disk import free_bytes as free_on_disk
-from tandem.config import difference, load
 from tandem.config.run import Run
 from tandem.data.prompts import PromptSet, load_prompts
 from tandem.data.round_trip import check_round_trip
@@ -42,7 +41,7 @@ from tandem.train.reward_model import (
     reward_model_axes,
     with_reward_model,
 )
-from tandem.train.run import steps_done
+from tandem.train.run_folder import look_at_folder
 
 SHOWN = 3
 """Problems of one kind that are written out."""
@@ -327,21 +326,7 @@ def look_at_sinks(bench: Bench) -> list[Line]:
 
 
 def look_at_run_folder(bench: Bench) -> list[Line]:
-    """Does the run begin, go on, or clash with what its folder holds?"""
-    folder = Path(bench.run.run_dir)
-    checkpoint = newest(folder / "checkpoints")
-    if checkpoint is None:
-        return [("ok", f"{folder}: no checkpoint there, the run begins at step 0")]
-    changed = difference(load(checkpoint / "config.yaml"), bench.run)
-    if changed:
-        return [
-            (
-                "problem",
-                f"{checkpoint} was made with another configuration ({'; '.join(changed)}): restore these, "
-                "or train with --fresh or --allow-config-change",
-            )
-        ]
-    return [("ok", f"{folder}: goes on from step {steps_done(bench.run, checkpoint)} of {bench.run.steps}")]
+    return look_at_folder(bench.run)
 
 
 def tokenizer(bench: Bench) -> PreTrainedTokenizerBase:

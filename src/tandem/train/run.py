@@ -1,6 +1,5 @@
 """From a configuration to a trained model: set up, warm up, reinforce, export, report."""
 
-import itertools
 import time
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from tandem.checkpoint import export, lock, newest, read_manifest
+from tandem.checkpoint import export, lock, newest
 from tandem.config import difference, dump, load
 from tandem.config.run import Run
 from tandem.data import tasks
@@ -35,14 +34,13 @@ from tandem.train.interrupt import Interrupted, Interruption
 from tandem.train.layouts import check_layouts
 from tandem.train.lengths import check_lengths
 from tandem.train.reinforce import reinforce
+from tandem.train.run_folder import CHECKPOINTS, EXPORTED, check_folder, set_aside, steps_done
 from tandem.train.session import Session
 from tandem.train.supervised import demonstrations, supervise, warmup_optimizer
 from tandem.types import Prompt
 
 ROLES = {"inline": inline.build, "colocated": build, "apart": build}
 """Who makes the roles, by `placement.kind`."""
-EXPORTED = "model"
-"""Below the run's folder, where the trained model is."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,10 +61,9 @@ def train(run: Run, launch: Launch) -> Summary:
     answers from being sampled or scored with `SamplingError`."""
     folder = Path(run.run_dir)
     with ExitStack() as stack:
+        check_folder(run, launch.fresh)
         stack.enter_context(lock(folder))
         interruption = stack.enter_context(Interruption())
-        if launch.fresh:
-            set_aside(folder, launch.console)
         began = time.monotonic()
         session = prepare(run, launch, stack, interruption)
         try:
@@ -96,9 +93,7 @@ def train(run: Run, launch: Launch) -> Summary:
 def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interruption) -> Session:
     """Everything that can be wrong is found here, the cheap before the slow; then the policy is warmed up."""
     folder, console = Path(run.run_dir), launch.console
-    resume = newest(folder / "checkpoints")
-    if resume is None and (folder / EXPORTED).is_dir():
-        set_aside(folder, console)
+    resume = None if launch.fresh else newest(folder / CHECKPOINTS)
     step = 0
     if resume is not None:
         check_same(run, resume, launch)
@@ -126,6 +121,8 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
     longest_held_out = max((len(prompt.tokens) for prompt in held_out), default=0)
     check_lengths(run, params, max_positions(run), prompts.lengths.longest, longest_held_out)
     scorer.ready()
+    if launch.fresh or (resume is None and (folder / EXPORTED).is_dir()):
+        set_aside(folder, console)
     journal = stack.enter_context(Journal(run, folder, console))
     model = None
     if run.placement.kind == "inline" or (resume is None and run.warmup is not None):
@@ -149,8 +146,10 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
 
 def begin(run: Run, journal: Journal, step: int, resumes: bool) -> None:
     """From here on the run's folder is that of this configuration, and what was recorded after the step is gone."""
-    (Path(run.run_dir) / "config.yaml").write_text(dump(run), encoding="utf-8")
+    folder = Path(run.run_dir)
+    (folder / "config.yaml").write_text(dump(run), encoding="utf-8")
     journal.rewind(step - 1, keep_warmup=resumes)
+    (folder / "metrics.jsonl").touch()
 
 
 def held_out_questions(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
@@ -167,17 +166,6 @@ def max_positions(run: Run) -> int:
     return longest_row(describe_model(run.model.path, run.model.trust_remote_code))
 
 
-def steps_done(run: Run, checkpoint: Path) -> int:
-    """Of a checkpoint; ConfigError where the run has fewer."""
-    step = read_manifest(checkpoint).step
-    if step > run.steps:
-        raise ConfigError(
-            f"{checkpoint} has {step} steps done, more than steps={run.steps}; set steps={step} to end there, or begin "
-            "anew with --fresh"
-        )
-    return step
-
-
 def check_same(run: Run, checkpoint: Path, launch: Launch) -> None:
     """A run goes on with the configuration it began with, but for keys that change nothing learned."""
     changed = difference(load(checkpoint / "config.yaml"), run)
@@ -187,18 +175,6 @@ def check_same(run: Run, checkpoint: Path, launch: Launch) -> None:
             + "\n  ".join(changed)
             + "\nrestore these, start anew with --fresh, or go on all the same with --allow-config-change"
         )
-
-
-def set_aside(folder: Path, console: Console) -> None:
-    """Move an earlier run out of the way, its lock file left in place."""
-    old = [path for path in folder.iterdir() if path.name != "lock"]
-    if not old:
-        return
-    target = next(t for i in itertools.count(1) if not (t := folder.with_name(f"{folder.name}.{i}")).exists())
-    target.mkdir()
-    for path in old:
-        path.rename(target / path.name)
-    console.print(f"the earlier run in {folder} is now in {target}", highlight=False)
 
 
 def warm_up(
