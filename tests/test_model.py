@@ -1,6 +1,7 @@
 """Loading, log-probabilities, adapters, saving: against Transformers' own forward of the same weights."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -237,6 +238,17 @@ def test_architectures_that_change_logits_or_scores_are_refused(what, tmp_path):
     """Their probabilities would be silently wrong."""
     CAPPED[what]().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="not supported; use a Qwen2"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(value, tmp_path):
+    model = language_model()
+    model.module.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
+    model.save(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"not finite .*, model\.layers\.1\.mlp\.up_proj\.weight the"
+    ):
         opened(tmp_path)
 
 

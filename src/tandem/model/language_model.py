@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from tandem.errors import ConfigError, RunError
 from tandem.model.attention import Layout, Rows
+from tandem.model.finite import check_read
 from tandem.model.head import chosen_logprobs, head_of
 from tandem.model.mixture import MIXTURES, apart, experts_first, is_mixture
 from tandem.model.parallel.mesh import ALONE, Mesh, norm_of
@@ -246,7 +247,10 @@ class LanguageModel:
 
     @torch.no_grad()
     def check_forward(self) -> None:
-        """Decoder plus head must be the model's own forward; some architectures do more to their logits."""
+        """Decoder plus head must be the model's own forward; some architectures do more to their logits.
+
+        Nothing can be said of weights that are not finite: they are refused before."""
+        check_read(self)
         tokens_N = torch.arange(min(8, self.vocab_size), device=self.device)
         rows = Rows(torch.tensor([len(tokens_N)], device=self.device))
         ours_NV = self.logits(self.hidden(tokens_N, rows.position_N, rows))

@@ -41,7 +41,7 @@ def tokenizer_of(config: Model) -> PreTrainedTokenizerBase:
     if config.new is not None:
         return new_tokenizer()
     source = existing(config.path)
-    check_speaks(describe(source, config.trust_remote_code), source)
+    check_speaks(config_in(source, config.trust_remote_code), source)
     return load_tokenizer(source, config.trust_remote_code)
 
 
@@ -182,7 +182,6 @@ def load_network(
     source: str, dtype: torch.dtype, trust_remote_code: bool = False, key: str = "model.path"
 ) -> PreTrainedModel:
     """Weights from safetensors only; every tensor that the architecture needs must be there."""
-    check_speaks(describe(source, trust_remote_code, key), source, key)
     try:
         network, report = AutoModelForCausalLM.from_pretrained(
             source,
@@ -194,6 +193,7 @@ def load_network(
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as cause:
         raise ConfigError(f"{key}={source} cannot be loaded: {first_line(cause)}") from cause
+    check_speaks(network.config, source, key)
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:5])
         raise ConfigError(
@@ -235,10 +235,7 @@ def with_adapter(network: PreTrainedModel, lora: Lora, seed: int, resume: Path |
 def describe(path: str, trust_remote_code: bool = False, key: str = "model.path") -> PreTrainedConfig:
     """The model's config without its weights, for checks before a long start; `key` names it in errors. ConfigError
     where its family is none that Tandem understands."""
-    try:
-        config = AutoConfig.from_pretrained(existing(path, key), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as cause:
-        raise ConfigError(f"{key}={path}: its config.json cannot be used: {first_line(cause)}") from cause
+    config = config_in(path, trust_remote_code, key)
     text = config.get_text_config()
     absent = [name for name in SIZES if getattr(text, name, None) is None]
     if absent:
@@ -247,6 +244,14 @@ def describe(path: str, trust_remote_code: bool = False, key: str = "model.path"
             f"{' and no '.join(absent)}; use one of a family that has, such as Qwen2, Qwen3, Llama or Mistral"
         )
     return config
+
+
+def config_in(path: str, trust_remote_code: bool = False, key: str = "model.path") -> PreTrainedConfig:
+    """What a model's config says, of whichever family; `key` names it in errors."""
+    try:
+        return AutoConfig.from_pretrained(existing(path, key), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as cause:
+        raise ConfigError(f"{key}={path}: its config.json cannot be used: {first_line(cause)}") from cause
 
 
 def check_speaks(config: PreTrainedConfig, path: str, key: str = "model.path") -> None:

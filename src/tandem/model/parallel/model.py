@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tandem.errors import ConfigError
 from tandem.model.attention import Layout, Rows
+from tandem.model.finite import check_read
 from tandem.model.language_model import LanguageModel
 from tandem.model.parallel import adapter, expert, tensor
 from tandem.model.parallel.context import Cut, spread
@@ -174,6 +175,7 @@ class ShardedModel(LanguageModel):
 
     @torch.no_grad()
     def check_forward(self) -> None:
+        check_read(self)
         tokens_N = torch.arange(min(8, self.vocab_size), device=self.device)
         rows = Rows(torch.tensor([len(tokens_N)], device=self.device))
         ours_nV, theirs_nV = self.root(self._both_forwards, tokens_N, rows)

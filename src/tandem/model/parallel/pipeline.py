@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tandem.model.attention import Layout
+from tandem.model.finite import check_read
 from tandem.model.flex import arranged
 from tandem.model.head import is_tied, replace_head
 from tandem.model.parallel.context import Cut, spread
@@ -57,6 +58,7 @@ class PipelinedModel(ShardedModel):
 
     def check_forward(self) -> None:
         """`check_fit` has let in only models whose layers follow each other as `_through` has them."""
+        check_read(self)
 
     def forward_each(
         self,
