@@ -7,6 +7,7 @@ from statistics import mean
 
 import pytest
 
+from tandem.errors import RunError
 from tandem.placement.cluster.ahead import AheadStream, Line, SamplerInLine
 from tandem.rollout import EVAL
 from test_stream import COIN, SURE, chain_model, make, model, publish, scorer, settings  # noqa: F401
@@ -102,7 +103,7 @@ def test_without_lag_nothing_overlaps_and_nothing_is_stale(ahead):
 def test_groups_that_are_too_old_are_never_handed_out(ahead):
     beside, _, _ = ahead(sampling={"max_lag": 1})
     beside.take(0)
-    with pytest.raises(AssertionError):
+    with pytest.raises(RunError, match=r"weights of 3 steps before, and sampling\.max_lag=1 allows 1: an engine"):
         beside.take(3)
 
 

@@ -15,6 +15,7 @@ from tandem.config import Run
 from tandem.data.cursor import Cursor
 from tandem.data.prompts import load_prompts
 from tandem.engine import EmbeddedEngine
+from tandem.errors import RunError
 from tandem.placement.inline import sampling_params
 from tandem.rewards.scorer import Scorer
 from tandem.rewards.watch import FailureWatch
@@ -157,7 +158,7 @@ def test_no_group_is_older_than_the_lag_and_says_which_weights_made_it(make, cha
 def test_groups_of_weights_that_are_too_old_are_never_handed_out(make):
     stream = make(sampling={"max_lag": 1})
     stream.take(0)
-    with pytest.raises(AssertionError):
+    with pytest.raises(RunError, match=r"weights of 3 steps before, and sampling\.max_lag=1 allows 1: an engine"):
         stream.take(3)
 
 

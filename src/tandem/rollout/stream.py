@@ -66,12 +66,17 @@ def ahead_of(state: Mapping[str, Any], prompts: PromptSet, run: Run) -> list[Dra
 
 
 def lag_figures(groups: Sequence[Group], version: int, sampling: Sampling) -> dict[str, float]:
-    """How old the groups of a step are, in steps; no token of them may be older than allowed."""
+    """How old the groups of a step are, in steps; RunError where a token of them is older than allowed."""
     rollouts = [r for g in groups for r in g.rollouts]
     lags = [version - r.oldest_version for r in rollouts]
-    assert all(lag <= sampling.max_lag for lag in lags)
     if not lags:
         return {}
+    if max(lags) > sampling.max_lag:
+        raise RunError(
+            f"answers came that were sampled from weights of {max(lags)} steps before, and sampling.max_lag="
+            f"{sampling.max_lag} allows {sampling.max_lag}: an engine did not take the weights that were published. "
+            "Nothing was trained on them; go on from the last checkpoint"
+        )
     figures = {"rollout/lag_mean": fmean(lags), "rollout/lag_max": max(lags)}
     if sampling.in_flight:
         carried = [r.newest_version > r.oldest_version for r in rollouts]
