@@ -103,7 +103,9 @@ def test_without_lag_nothing_overlaps_and_nothing_is_stale(ahead):
 def test_groups_that_are_too_old_are_never_handed_out(ahead):
     beside, _, _ = ahead(sampling={"max_lag": 1})
     beside.take(0)
-    with pytest.raises(RunError, match=r"weights of 3 steps before, and sampling\.max_lag=1 allows 1: an engine"):
+    with pytest.raises(
+        RunError, match=r"weights of 3 steps before, and sampling\.max_lag=1 allows 1: an engine"
+    ):
         beside.take(3)
 
 

@@ -1,6 +1,7 @@
 """What the world does to a run: each fault has an outcome that was chosen, and a message that says it."""
 
 import errno
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -42,10 +43,18 @@ def all_finite(run) -> bool:
     return all(math.isfinite(value) for row in rows(run) for value in row.values())
 
 
-def test_rewards_that_mostly_fail_end_the_run_with_their_cause(random_folder, make_run, quiet):
+def test_rewards_that_mostly_fail_end_the_run_with_their_cause(random_folder, make_run, quiet, caplog):
     run = make_run(random_folder, steps=10, reward=rewarded("raises"))
-    with pytest.raises(RunError, match=r"3 steps in a row.*no such column"):
+    with (
+        caplog.at_level(logging.WARNING, "tandem.rewards"),
+        pytest.raises(RunError, match=r"3 steps in a row.*no such column"),
+    ):
         train(run, quiet)
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "tandem.rewards"]
+    assert (
+        said.startswith("16 of 16 rewards of a step failed (16 error). The first: ")
+        and "no such column" in said
+    )
     assert len(rows(run)) == 2, "the third step in a row is the last"
     checkpoint = newest(Path(run.run_dir) / "checkpoints", strict=True)
     assert checkpoint.name == "step_00000002", "what was learned before is kept"

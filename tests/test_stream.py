@@ -158,7 +158,9 @@ def test_no_group_is_older_than_the_lag_and_says_which_weights_made_it(make, cha
 def test_groups_of_weights_that_are_too_old_are_never_handed_out(make):
     stream = make(sampling={"max_lag": 1})
     stream.take(0)
-    with pytest.raises(RunError, match=r"weights of 3 steps before, and sampling\.max_lag=1 allows 1: an engine"):
+    with pytest.raises(
+        RunError, match=r"weights of 3 steps before, and sampling\.max_lag=1 allows 1: an engine"
+    ):
         stream.take(3)
 
 

@@ -1,10 +1,13 @@
 """A run whose rewards mostly fail must stop, not train on what is left."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterable
 
 from tandem.errors import SamplingError
 from tandem.types import Score
+
+logger = logging.getLogger("tandem.rewards")
 
 STEPS = 3
 """Steps in a row that must be above the share."""
@@ -16,7 +19,8 @@ def kind_of(score: Score) -> str | None:
 
 
 class FailureWatch:
-    """Stops the run when more than `max_share` of the answers failed in each of three steps in a row."""
+    """Warns when more than `max_share` of the answers of a step failed, and stops the run when they did in each of
+    three steps in a row."""
 
     def __init__(self, max_share: float) -> None:
         self._max_share = max_share
@@ -42,8 +46,19 @@ class FailureWatch:
         self._steps += 1
         self._kinds.update(kind for kind, _ in failures)
         self._first = self._first or failures[0][1]
+        counts = ", ".join(f"{count} {kind}" for kind, count in self._kinds.most_common())
+        if self._steps == 1:
+            logger.warning(
+                "%d of %d rewards of a step failed (%s). The first: %s. Where more than reward.max_failure_share=%g "
+                "fail, the run ends after %d steps in a row",
+                len(failures),
+                len(scores),
+                counts,
+                self._first,
+                self._max_share,
+                STEPS,
+            )
         if self._steps >= STEPS:
-            counts = ", ".join(f"{count} {kind}" for kind, count in self._kinds.most_common())
             raise SamplingError(
                 f"more than {self._max_share:.0%} of the rewards failed, {STEPS} steps in a row ({counts}). "
                 f"The first: {self._first}. Correct the reward function or the data, or raise "
