@@ -64,13 +64,10 @@ def small(folder: Path, **more) -> list[str]:
 
 
 def trajectory(folder: Path) -> list[dict[str, Any]]:
-    """All that the journal says which no clock decides. Beside training, questions are drawn at their own pace; a
-    reward function of the test's own has its folder in its name."""
+    """All that the journal says which no clock decides. A reward function of the test's own has its folder in its
+    name."""
     rows = read_metrics(folder / "metrics.jsonl")
-    return [
-        {k: v for k, v in row.items() if k == "step" or (repeatable(k) and k != "epoch" and ":" not in k)}
-        for row in rows
-    ]
+    return [{k: v for k, v in row.items() if k == "step" or (repeatable(k) and ":" not in k)} for row in rows]
 
 
 def pids(folder: Path, role: str) -> list[int]:

@@ -10,7 +10,7 @@ import pytest
 from tandem.errors import RunError
 from tandem.placement.cluster.ahead import AheadStream, Line, SamplerInLine
 from tandem.rollout import EVAL
-from test_stream import COIN, SURE, chain_model, make, model, publish, scorer, settings  # noqa: F401
+from test_stream import COIN, QUESTIONS, SURE, chain_model, make, model, publish, scorer, settings  # noqa: F401
 
 STAGE_S = 0.5
 STEPS = 8
@@ -63,15 +63,17 @@ def serve(inner, line: Line, version: int) -> None:
 def test_groups_are_those_of_one_process(ahead, make, chain_model, max_lag):  # noqa: F811
     sections = {"sampling": {"max_lag": max_lag}}
     plain = make(**sections)
-    expected = []
+    expected, epochs = [], []
     for version in range(6):
         publish(plain, version)
         expected.append(plain.take(version))
+        epochs.append(plain.last["epoch"])
     beside, inner, line = ahead(**sections)
     for version in range(6):
         serve(inner, line, version)
         assert beside.take(version) == expected[version]
         assert beside.last["rollout/lag_max"] == min(version, max_lag)
+        assert beside.last["epoch"] == epochs[version] == (version + 1) * 4 / QUESTIONS
 
 
 @pytest.mark.alone
@@ -121,7 +123,8 @@ def test_a_mark_is_the_moment_it_was_made(ahead, sections):
         taken = []
         for version in versions:
             line.submit(lambda version=version: setattr(inner.sampler, "version", version))
-            taken.append([r.tokens for g in stream.take(version) for r in g.rollouts])
+            tokens = [r.tokens for g in stream.take(version) for r in g.rollouts]
+            taken.append((stream.last["epoch"], tokens))
         return taken
 
     whole = ahead(endings, **sections)

@@ -114,7 +114,9 @@ _RUN = {
     "version": Metric(
         "version of the weights after the step", "versions", "one more with each step, updates or not"
     ),
-    "epoch": Metric("questions drawn / questions in the data", "epochs", "fractional"),
+    "epoch": Metric(
+        "questions drawn for this step and those before / questions in the data", "epochs", "fractional"
+    ),
 }
 
 _REWARD = {

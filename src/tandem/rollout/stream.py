@@ -102,7 +102,7 @@ class Stream:
     newest: list[Group] = field(default_factory=list)
     """The groups sampled last, whose weights are the sampler's present ones."""
     last: dict[str, float] = field(default_factory=dict)
-    """Figures of the groups handed out last: refills, dropped groups, lag."""
+    """Figures of the groups handed out last: epoch, refills, dropped groups, lag."""
 
     def take(self, version: int) -> list[Group]:
         """The groups of the next step; `version` counts the steps whose weights were published."""
@@ -145,7 +145,9 @@ class Stream:
             dropped += len(groups) - len(good)
             kept += good
             rounds += 1
-        figures = {"rollout/refills": rounds - 1, "rollout/dropped_groups": dropped}
+        # As the last prompt of this step sees it: those of later steps may have been asked for meanwhile.
+        epoch = serials.stop / self.cursor.size
+        figures = {"epoch": epoch, "rollout/refills": rounds - 1, "rollout/dropped_groups": dropped}
         # A step needs groups: where none was kept it has the last ones, with the rewards by which they were refused.
         # These are equal and set no answer above another; penalties of length would, and for nothing else.
         return Drawn(kept or [on_merit(g) for g in groups], scores, figures)

@@ -77,7 +77,7 @@ class Session:
             self._profile = None
         figures = figures | self._figures | self.roles.stream.last | step_figures(groups) | clock
         done = step + 1
-        figures |= {"version": self.roles.sampler.version, "epoch": self._epochs()}
+        figures["version"] = self.roles.sampler.version
         advantages = (experience.advantage_BT.sum(-1) / experience.mask_BT.sum(-1).clamp(min=1)).tolist()
         self.journal.record(step, groups, advantages)
         self.journal.log(step, figures)
@@ -131,10 +131,6 @@ class Session:
             "memory/device_mb": self.roles.on_learners(device_bytes) / 2**20,
         }
         return seconds | rates | memory
-
-    def _epochs(self) -> float:
-        cursor = self.roles.stream.cursor
-        return cursor.epoch + cursor.index / cursor.size
 
 
 def waited(seconds: dict[str, float]) -> dict[str, float]:
