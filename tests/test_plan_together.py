@@ -47,7 +47,7 @@ def mixture(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.alone
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
-def test_the_times_of_two_learners_on_this_machine_are_near_those_expected(tmp_path, kind):
+def test_the_times_of_two_learners_and_two_engines_are_near_those_expected(tmp_path, kind):
     changes = {
         "model": {"new": NEW} if kind == "dense" else mixture(tmp_path),
         "sampling": {"prompts_per_step": GROUPS, "answers_per_prompt": ANSWERS, "max_answer_tokens": ANSWER},
@@ -74,10 +74,12 @@ def expected(layouts: dict[str, dict[str, Any]], *runs: Run) -> dict[str, float]
     rates = measured_together(runs[0], lengths, 2)
     for run in runs:
         offers = plan(run, rates, count=2, per_node=2, lengths=lengths, top=10**6, offload=False).offers
-        seconds = {offer.axes: offer.seconds for offer in offers if not offer.samplers}
+        every = {offer.axes: offer.seconds for offer in offers if not offer.samplers}
         for name, sizes in layouts.items():
             layout = Layout(**sizes)
             if layout.sequence == run.learner.layout.sequence:
-                phases = seconds[Axes.of(layout, 2)]
-                found |= {f"{name}, {phase}": phases[phase] for phase in ("update", "old log-probs")}
+                phases = every[Axes.of(layout, 2)]
+                found |= {f"{name}, {phase}": seconds for phase, seconds in phases.items()} | {
+                    "rollout": phases["rollout"]
+                }
     return found
