@@ -1,11 +1,15 @@
 """The command line: what it says, where, with which exit code, and how quickly."""
 
 import errno
+import fcntl
 import json
+import os
+import pty
 import resource
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -15,7 +19,9 @@ import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from ray_runs import wait_until
 from small_recipe import environment, recipe, start, tandem
+from tandem.checkpoint import newest, read_manifest
 from tandem.cli import app
 from tandem.commands import Commands
 from tandem.config import load
@@ -224,6 +230,7 @@ def test_a_signal_ends_a_run_in_order_and_it_goes_on_as_if_nothing_had_been(tmp_
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == code
+    assert f"{number.name}: the run stops after" in output and "a second signal ends it at once" in output
     assert "go on with: tandem train" in output
     # Nothing else on stderr: neither a traceback nor the progress bars and advice of libraries.
     assert errors.strip() == f"stopped by {number.name}"
@@ -233,6 +240,51 @@ def test_a_signal_ends_a_run_in_order_and_it_goes_on_as_if_nothing_had_been(tmp_
     assert "going on from" in resumed.output
     assert call("train", whole, "steps=6").exit_code == 0
     assert rewards(tmp_path / "run") == rewards(tmp_path / "whole" / "run")
+
+
+def of_terminal(number: int) -> None:
+    """In a new process: its standard input becomes its terminal, and SIGHUP is as given."""
+    signal.signal(signal.SIGHUP, number)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.mark.parametrize(("hangup", "code"), [(signal.SIG_DFL, 129), (signal.SIG_IGN, 143)])
+def test_a_terminal_that_goes_away_ends_a_run_in_order_and_not_at_all_under_nohup(tmp_path, hangup, code):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "tandem", "train", str(recipe(tmp_path, steps=4000))]
+    log = (tmp_path / "log").open("w") if hangup is signal.SIG_IGN else theirs
+    process = subprocess.Popen(
+        command,
+        stdin=theirs,
+        stdout=log,
+        stderr=log,
+        env=environment(),
+        start_new_session=True,
+        preexec_fn=lambda: of_terminal(hangup),
+    )
+    os.close(theirs)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    try:
+        wait_until("a step is done", lambda: metrics.is_file() and len(read_metrics(metrics)) > 1)
+        os.close(ours)
+        if hangup is signal.SIG_IGN:
+            done = len(read_metrics(metrics))
+            wait_until("it went on", lambda: len(read_metrics(metrics)) > done + 2)
+            process.terminate()
+        assert process.wait(timeout=60) == code
+    finally:
+        process.kill()
+    saved = newest(tmp_path / "run" / "checkpoints", strict=True)
+    assert saved is not None and read_manifest(saved).step == read_metrics(metrics)[-1]["step"] + 1
+
+
+def test_a_session_that_ends_may_send_several_signals(tmp_path):
+    process = start("train", recipe(tmp_path, steps=4000))
+    until(process, "step 2/4000")
+    for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+        process.send_signal(number)
+    assert process.wait(timeout=60) in (129, 143)
+    assert newest(tmp_path / "run" / "checkpoints", strict=True) is not None
 
 
 def rewards(folder: Path) -> list[tuple[int, float, float]]:
