@@ -111,6 +111,16 @@ def test_groups_that_are_too_old_are_never_handed_out(ahead):
         beside.take(3)
 
 
+def test_nothing_is_asked_for_beyond_the_last_step(ahead):
+    beside, inner, line = ahead(steps=4, sampling={"max_lag": 2})
+    for version in range(4):
+        line.submit(lambda version=version: setattr(inner.sampler, "version", version))
+        beside.take(version)
+    line.submit(lambda: None).result()
+    assert len(inner.sampler.engine.took) == 4 and beside.mark()()["ahead"] == []
+    assert beside.cursor.state() == inner.cursor.state()
+
+
 @pytest.mark.parametrize("sections", [
     {"sampling": {"max_lag": 0}},
     {"sampling": {"max_lag": 2}},

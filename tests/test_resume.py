@@ -152,12 +152,30 @@ def test_a_run_that_offloads_its_optimizer_from_now_on_is_the_one_that_never_did
 
 
 def test_steps_sampled_ahead_must_be_allowed_by_the_lag(adding_folder, make_run, quiet):
-    train(make_run(adding_folder, steps=2, sampling={"max_lag": 2}, checkpoint={"every": 1}), quiet)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_before(patch, 2)
+        with pytest.raises(Interrupted):
+            train(make_run(adding_folder, steps=5, sampling={"max_lag": 2}), quiet)
     quiet.allow_config_change = True
     with pytest.raises(
         RunError, match=r"answers of 2 steps ahead, and sampling.max_lag=1 allows 1; go on with"
     ):
-        train(make_run(adding_folder, steps=3, sampling={"max_lag": 1}), quiet)
+        train(make_run(adding_folder, steps=5, sampling={"max_lag": 1}), quiet)
+
+
+def test_a_run_goes_on_though_all_that_is_left_was_sampled_before(adding_folder, make_run, quiet, tmp_path):
+    """So there is nothing from the present weights that sampler and trainer could be compared by."""
+    whole, part = (
+        make_run(adding_folder, run_dir=str(tmp_path / name), steps=3, sampling={"max_lag": 2})
+        for name in ("whole", "part")
+    )
+    train(whole, quiet)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_before(patch, 2)
+        with pytest.raises(Interrupted):
+            train(part, quiet)
+    train(part, quiet)
+    assert trajectory(part) == trajectory(whole) and answers(part) == answers(whole)
 
 
 def test_resume_refuses_changed_questions(adding_folder, make_run, quiet, tmp_path):

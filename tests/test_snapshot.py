@@ -9,9 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from tandem.checkpoint import jsonfile, newest, read_json, read_manifest, write_json
 from tandem.checkpoint.manifest import FILE, seal
+from tandem.config import Run
 from tandem.errors import RunError
 from tandem.train.ahead import read_ahead, write_ahead
-from tandem.train.run import train
+from tandem.train.interrupt import Interrupted
+from tandem.train.run import Launch, train
+from test_resume import stop_before
 
 SMALL = 60_000
 """Bytes of state that a run of the tiny model needs at most; its answers ahead would take twice as many."""
@@ -30,6 +33,14 @@ def rollout(tokens: int, **changes: object) -> dict[str, object]:
         "finish": "stop",
         "score": {"reward": 0.1, "failure": None, "detail": "", "parts": {"right": -0.0}},
     } | changes
+
+
+def stopped(run: Run, step: int, launch: Launch) -> None:
+    """Train until so many steps are done, as if a signal came then."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_before(patch, step)
+        with pytest.raises(Interrupted):
+            train(run, launch)
 
 
 def test_answers_ahead_come_back_equal_to_the_last_bit(tmp_path):
@@ -69,13 +80,13 @@ def test_a_run_with_many_answers_ahead_goes_on_with_little_state(
     random_folder, make_run, quiet, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(jsonfile, "MAX_BYTES", SMALL)
-    run = make_run(random_folder, steps=1, sampling={"max_lag": 2}, checkpoint={"keep": 2})
-    train(run, quiet)
+    run = make_run(random_folder, steps=4, sampling={"max_lag": 2}, checkpoint={"keep": 2})
+    stopped(run, 1, quiet)
     first = newest(Path(run.run_dir) / "checkpoints", strict=True)
     steps = read_ahead(first / "ahead.safetensors")
     assert [len(step["groups"]) for step in steps] == [4, 4]
     assert len(json.dumps(steps, indent=1)) > 2 * SMALL
-    train(run.model_copy(update={"steps": 2}), quiet)
+    stopped(run, 2, quiet)
     second = newest(Path(run.run_dir) / "checkpoints", strict=True)
     assert read_manifest(second).step == 2
     assert read_ahead(second / "ahead.safetensors")[0] == steps[1]
@@ -87,8 +98,8 @@ def test_a_run_with_many_answers_ahead_goes_on_with_little_state(
 
 
 def test_a_checkpoint_with_answers_ahead_in_its_state_is_still_read(random_folder, make_run, quiet):
-    run = make_run(random_folder, steps=1, sampling={"max_lag": 1}, checkpoint={"keep": 2})
-    train(run, quiet)
+    run = make_run(random_folder, steps=2, sampling={"max_lag": 1}, checkpoint={"keep": 2})
+    stopped(run, 1, quiet)
     folder = newest(Path(run.run_dir) / "checkpoints", strict=True)
     state, steps = read_json(folder / "state.json"), read_ahead(folder / "ahead.safetensors")
     state["roles"]["stream"]["ahead"] = steps
@@ -97,7 +108,7 @@ def test_a_checkpoint_with_answers_ahead_in_its_state_is_still_read(random_folde
     manifest = read_manifest(folder)
     (folder / FILE).unlink()
     seal(folder, step=manifest.step, config_hash=manifest.config_hash)
-    train(run.model_copy(update={"steps": 2}), quiet)
+    train(run, quiet)
     journal = Path(run.run_dir) / "rollouts"
     lines = [line for file in sorted(journal.iterdir()) for line in file.read_text().splitlines()]
     taken = [json.loads(line)["answer"] for line in lines if json.loads(line)["step"] == 1]

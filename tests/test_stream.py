@@ -69,6 +69,7 @@ def settings(folder, **sections) -> Run:
             },
             "algorithm": {"kl": {"coef": 0.0}, **sections.get("algorithm", {})},
             "placement": sections.get("placement", {}),
+            "steps": sections.get("steps", 100),
         }
     )
 
@@ -162,6 +163,17 @@ def test_groups_of_weights_that_are_too_old_are_never_handed_out(make):
         RunError, match=r"weights of 3 steps before, and sampling\.max_lag=1 allows 1: an engine"
     ):
         stream.take(3)
+
+
+@pytest.mark.parametrize("max_lag", [0, 2, 5])
+def test_nothing_is_sampled_beyond_the_last_step(make, max_lag):
+    whole, bounded = (make(steps=steps, sampling={"max_lag": max_lag}) for steps in (100, 4))
+    for version in range(4):
+        for stream in (whole, bounded):
+            stream.sampler.version = version
+        assert bounded.take(version) == whole.take(version) and bounded.last == whole.last
+        assert len(bounded.ahead) == min(max_lag, 3 - version)
+    assert bounded.cursor.take(1) == Cursor(QUESTIONS, seed=3, shuffle=True).take(17)[-1:]
 
 
 @pytest.mark.parametrize("max_lag", [0, 2])

@@ -65,6 +65,11 @@ def ahead_of(state: Mapping[str, Any], prompts: PromptSet, run: Run) -> list[Dra
     return found
 
 
+def due(run: Run, version: int) -> int:
+    """Steps whose groups are there or under way when the next is taken, itself among them: none beyond the last."""
+    return min(run.sampling.max_lag + 1, max(1, run.steps - version))
+
+
 def lag_figures(groups: Sequence[Group], version: int, sampling: Sampling) -> dict[str, float]:
     """How old the groups of a step are, in steps; RunError where a token of them is older than allowed."""
     rollouts = [r for g in groups for r in g.rollouts]
@@ -100,14 +105,15 @@ class Stream:
     ahead: deque[Drawn] = field(default_factory=deque)
     """Steps sampled but not handed out."""
     newest: list[Group] = field(default_factory=list)
-    """The groups sampled last, whose weights are the sampler's present ones."""
+    """The groups sampled last, whose weights are the sampler's present ones; none where all that is left of the run was
+    sampled before."""
     last: dict[str, float] = field(default_factory=dict)
     """Figures of the groups handed out last: epoch, refills, dropped groups, lag."""
 
     def take(self, version: int) -> list[Group]:
         """The groups of the next step; `version` counts the steps whose weights were published."""
         run = self.sampler.run
-        while len(self.ahead) <= run.sampling.max_lag:
+        while len(self.ahead) < due(run, version):
             self.ahead.append(self._fresh())
         drawn = self.ahead.popleft()
         self.last = drawn.figures | lag_figures(drawn.groups, version, run.sampling)

@@ -36,7 +36,7 @@ def reinforce(run: Run, roles: Roles, observer: Observer, timer: Timer, start: i
         with timer("all"):
             groups = stream.take(step)
             batch = collate(groups)
-            if step == start:
+            if step == start and stream.newest:
                 check_agreement(actor, collate(stream.newest))
             with timer("old_log_p"):
                 old = actor.old_logprobs(batch)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from tandem.data.cursor import Cursor
 from tandem.engine import SamplingParams
-from tandem.rollout import TRAIN, Drawn, Sampler, Stream, ahead_of, lag_figures
+from tandem.rollout import TRAIN, Drawn, Sampler, Stream, ahead_of, due, lag_figures
 from tandem.types import Group, Prompt
 
 T = TypeVar("T")
@@ -107,14 +107,13 @@ class AheadStream:
 
     @property
     def newest(self) -> list[Group]:
-        """The groups asked for last, whose weights are the sampler's present ones; waits for them."""
-        assert self._latest is not None
-        return self._latest.result().drawn.groups
+        """As of `Stream`; waits for them."""
+        return [] if self._latest is None else self._latest.result().drawn.groups
 
     def take(self, version: int) -> list[Group]:
         """The groups of the next step; `version` counts the steps whose weights were published."""
-        sampling = self._stream.sampler.run.sampling
-        while len(self._ahead) <= sampling.max_lag:
+        run = self._stream.sampler.run
+        while len(self._ahead) < due(run, version):
             self._latest = self._draw()
             self._ahead.append(self._latest)
         began = time.monotonic()
@@ -122,7 +121,7 @@ class AheadStream:
         waited = time.monotonic() - began
         self.cursor.restore(ahead.cursor)
         self.watch.observe(ahead.drawn.scores)
-        lags = lag_figures(ahead.drawn.groups, version, sampling)
+        lags = lag_figures(ahead.drawn.groups, version, run.sampling)
         self.last = {**ahead.drawn.figures, **lags, "timing/non_overlap_rollout": waited}
         return ahead.drawn.groups
 
