@@ -27,6 +27,13 @@ def test_every_recipe_loads_and_survives_a_round_trip(path, tmp_path):
     assert load(write(tmp_path, dump(run))) == run
 
 
+def test_a_tilde_is_the_users_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = write(tmp_path, SMALL + "run_dir: ~/x\n")
+    run = load(file, ["engine.kind=vllm", "engine.transfer_dir=~/weights"])
+    assert (run.run_dir, run.engine.transfer_dir) == (f"{tmp_path}/x", f"{tmp_path}/weights")
+
+
 def test_a_file_without_run_dir_runs_in_a_folder_of_its_name(tmp_path):
     assert load(write(tmp_path, SMALL, "adder.yaml")).run_dir == "runs/adder"
     assert load(write(tmp_path, SMALL + "run_dir: elsewhere\n")).run_dir == "elsewhere"
@@ -139,7 +146,10 @@ def test_a_key_unlike_any_other_gets_no_suggestion(tmp_path):
         ("placement.engine_timeout_s=.inf", "expected finite number above 0"),
         ("placement.gpus=.inf", "expected finite number at least 0, or null"),
         ("reward.timeout_s=1e300", "expected number above 0 and at most 86400"),
-        ("reward.functions.0.weight=.nan", "reward.functions.0.weight=NaN (override): expected finite number"),
+        (
+            "reward.functions.0.weight=.nan",
+            "reward.functions.0.weight=NaN (override): expected finite number",
+        ),
         ("seed=9223372036854775808", "expected whole number at least 0 and below 9223372036854775808"),
         ("sampling.stop_tokens=[3, -1]", "expected list of whole numbers at least 0"),
         ("algorithm.clip.low=1.5", "expected number above 0 and below 1, or null"),
@@ -231,6 +241,12 @@ def test_a_missing_file_names_its_neighbours(tmp_path, monkeypatch):
     assert "quik.yaml: no such file. Near: quick.yaml" in refusal(Path("quik.yaml"))
     assert "absent.yaml: no such file" in refusal(write(tmp_path, "extends: absent.yaml\n" + SMALL))
     assert "is a folder" in refusal(tmp_path)
+
+
+def test_extends_on_the_command_line_is_sent_to_a_file(tmp_path):
+    said = refusal(write(tmp_path, SMALL), "extends=base.yaml", "sede=1")
+    assert "extends=base.yaml: only a file extends others; write `extends: base.yaml` into one" in said
+    assert "sede (override): unknown key" in said and "1 problem" not in said
 
 
 def test_extends_in_a_circle_is_refused_with_the_circle(tmp_path, monkeypatch):

@@ -1,8 +1,9 @@
 """The section of the engine: what samples the answers, and how the weights get there."""
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tandem.config.section import Section
 
@@ -55,6 +56,11 @@ class Engine(Section):
     def verifies(self, transfer: int) -> bool:
         """Whether the transfer of this number, counted from 1, is verified: the first always is."""
         return (transfer - 1) % self.verify_every == 0
+
+    @field_validator("transfer_dir")
+    @classmethod
+    def _of_the_user(cls, folder: str | None) -> str | None:
+        return None if folder is None else str(Path(folder).expanduser())
 
     @model_validator(mode="after")
     def _roads(self) -> "Engine":

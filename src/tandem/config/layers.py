@@ -99,9 +99,13 @@ def file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
 
 def override_layer(text: str) -> Layer:
     """`section.key=value`, the value read as YAML and not interpolated."""
-    name, equals, _ = text.partition("=")
+    name, equals, value = text.partition("=")
     if not equals or not name.strip().strip("."):
         raise ConfigError(f"{text}: an override is written section.key=value")
+    if name.strip() == "extends":
+        raise ConfigError(
+            f"{text}: only a file extends others; write `extends: {value}` into one, and load that"
+        )
     try:
         data = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
     except (OmegaConfBaseException, ValueError) as error:

@@ -1,8 +1,9 @@
 """A run: its sections, their agreement, and what follows from their sizes."""
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tandem.config.critic import Critic
 from tandem.config.engine import Engine
@@ -62,6 +63,11 @@ class Run(Section):
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     journal: Journal = Journal()
+
+    @field_validator("run_dir")
+    @classmethod
+    def _of_the_user(cls, folder: str) -> str:
+        return str(Path(folder).expanduser())
 
     @property
     def rollouts_per_step(self) -> int:
