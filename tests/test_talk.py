@@ -27,6 +27,7 @@ from tandem.data.template import open_template
 from tandem.engine import decode
 from tandem.errors import ConfigError, DataError, RunError
 from tandem.model import LanguageModel
+from tandem.model.load import existing
 from tandem.model.new import new_tokenizer
 from tandem.talk.chat import Chat, converse
 from tandem.talk.evaluate import Result
@@ -172,6 +173,24 @@ def test_a_folder_without_a_model_says_what_it_is(tmp_path, make: Callable[[Path
     make(folder)
     with pytest.raises(ConfigError, match=said):
         locate(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("given", "near"),
+    [("runs/quickstrat", "runs/quickstart"), ("./runs/quick", "runs/quickstart"), ("a/b/c", "")],
+)
+def test_a_mistyped_folder_is_not_looked_up_on_the_hub(tmp_path, monkeypatch, given, near):
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        locate(given)
+    with pytest.raises(ConfigError) as model:
+        existing(given)
+    assert f"{given}: there is no such folder; give" in str(refused.value)
+    assert f"model.path={given} does not exist; give" in str(model.value)
+    for said in (str(refused.value), str(model.value)):
+        assert said.endswith(f"Near: {near}" if near else "run." if "run" in said else "model.")
+    assert locate("someone/model").folder == existing("someone/model") == "someone/model"
 
 
 # What a model is asked, and what it says.

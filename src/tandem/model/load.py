@@ -21,6 +21,7 @@ from tandem.errors import ConfigError
 from tandem.model.attention import NAME
 from tandem.model.language_model import LanguageModel
 from tandem.model.new import embedding_rows, new_network, new_tokenizer
+from tandem.model.place import means_folder, near
 
 REFERENCE_KEY = "reference.path"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -85,11 +86,12 @@ def existing(path: str | None, key: str = "model.path") -> str:
     """A folder with a config.json, or a name to look up on the hub; `key` names it in errors."""
     assert path is not None
     folder = Path(path).expanduser()
-    looks_local = path.startswith((".", "/", "~")) or folder.exists() or path.count("/") != 1
-    if looks_local and not (folder / "config.json").is_file():
-        what = "has no config.json" if folder.is_dir() else "does not exist"
-        raise ConfigError(f"{key}={path} {what}; give the folder of a Hugging Face model")
-    return str(folder) if looks_local else path
+    if not means_folder(path):
+        return path
+    if not (folder / "config.json").is_file():
+        what, others = ("has no config.json", "") if folder.is_dir() else ("does not exist", near(folder))
+        raise ConfigError(f"{key}={path} {what}; give the folder of a Hugging Face model.{others}")
+    return str(folder)
 
 
 def load_tokenizer(

@@ -9,6 +9,7 @@ from tandem.checkpoint.manifest import step_of
 from tandem.config import Run, load
 from tandem.errors import ConfigError
 from tandem.journal import exported_step
+from tandem.model.place import means_folder, near
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +30,10 @@ def locate(given: str) -> Place:
     """The model that a path means: of a run folder its exported model, or else its newest valid checkpoint."""
     path = Path(given).expanduser()
     if not path.is_dir():
-        # Only `owner/name` can be a name on the hub.
-        if given.count("/") == 1 and not given.startswith((".", "/", "~")) and not path.exists():
+        if not means_folder(given):
             return Place(given=given, folder=given)
-        what = "is a file" if path.exists() else "there is no such folder"
-        raise ConfigError(f"{given}: {what}; give the folder of a Hugging Face model or of a run")
+        what, others = ("is a file", "") if path.exists() else ("there is no such folder", near(path))
+        raise ConfigError(f"{given}: {what}; give the folder of a Hugging Face model or of a run.{others}")
     if (path / "config.json").is_file():
         return Place(given=given, folder=str(path))
     if (path / "manifest.json").is_file():
