@@ -419,6 +419,38 @@ def test_eval_of_a_plain_folder_needs_a_recipe_and_takes_its_settings(trained, t
     assert figures[2] != figures[0]
 
 
+@pytest.mark.parametrize(
+    "key", ["model.path=other", "model.new.layers=2", "engine.kind=vllm", "placement.kind=apart"]
+)
+def test_eval_refuses_what_would_change_nothing(trained, key):
+    said = {"model": "eval measures the model that it is given", "engine": "eval samples in this process"}
+    expected = f"{key}: {said['model' if key.startswith('model') else 'engine']}"
+    settings = trained / "config.yaml"
+    for where in ([trained], [trained / "model", "--recipe", settings]):
+        refused = call("eval", *where, key)
+        assert refused.exit_code == 2 and expected in refused.stderr, refused.output
+    if key.startswith("model"):
+        assert f"tandem eval MODEL --recipe {settings}" in refused.stderr
+
+
+def test_eval_lets_a_recipe_be_given_the_model_that_is_measured(trained):
+    folder = trained / "model"
+    done = call(
+        "eval",
+        folder,
+        "--recipe",
+        trained / "config.yaml",
+        "model.new=null",
+        f"model.path={folder}",
+        "warmup=null",
+    )
+    assert done.exit_code == 2 and "model.new=null: eval measures" in done.stderr
+    recipe = trained.parent / "needs.yaml"
+    values = yaml.safe_load((trained / "config.yaml").read_text())
+    recipe.write_text(yaml.safe_dump(values | {"warmup": None, "model": {"path": None}}))
+    assert call("eval", folder, "--recipe", recipe, f"model.path={folder}").exit_code == 0
+
+
 def test_eval_of_a_run_that_is_not_done_takes_the_model_of_its_checkpoint(trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)

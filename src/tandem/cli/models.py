@@ -113,14 +113,13 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure a model on held-out questions, as during its training."""
-    from tandem.talk.place import locate
-
-    place = locate(model)
     import_libraries()
     from tandem.device import pick
     from tandem.talk.evaluate import measure, settings_of
+    from tandem.talk.place import locate
     from tandem.talk.speaker import open_model
 
+    place = locate(model)
     run = settings_of(place, None if recipe is None else recipe_file(recipe), overrides or [])
     place = replace(place, run=run)
     console = plain_console()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ class Result:
 
 def settings_of(place: Place, recipe: str | None, overrides: list[str]) -> Run:
     """The run whose evaluation is made: of the recipe, else of the run folder; its model is the one in `place`."""
+    check_overrides(place, recipe, overrides)
     if recipe is not None:
         run = load(recipe, overrides)
     elif place.run is None:
@@ -80,6 +82,26 @@ def settings_of(place: Place, recipe: str | None, overrides: list[str]) -> Run:
         return run.model_copy(update={"model": place.run.model, "warmup": None})
     model = Model(path=place.folder, dtype=run.model.dtype, trust_remote_code=run.model.trust_remote_code)
     return run.model_copy(update={"model": model, "warmup": None})
+
+
+def check_overrides(place: Place, recipe: str | None, overrides: list[str]) -> None:
+    """ConfigError for one that would change nothing: the model is the one that was named, the engine the embedded one
+    of this process. A recipe that lacks a model may be given this one."""
+    for text in overrides:
+        key, _, value = (part.strip() for part in text.partition("="))
+        section, _, name = key.partition(".")
+        if section in ("engine", "placement"):
+            raise ConfigError(f"{text}: eval samples in this process with the embedded engine; leave it out")
+        if section != "model" or name in ("dtype", "trust_remote_code"):
+            continue
+        same = place.folder is not None and Path(value).expanduser().resolve() == Path(place.folder).resolve()
+        if recipe is not None and name == "path" and same:
+            continue
+        settings = recipe or Path(place.given) / "config.yaml"
+        raise ConfigError(
+            f"{text}: eval measures the model that it is given, which is {place.given}; leave it out, or measure "
+            f"another one: tandem eval MODEL --recipe {shlex.quote(str(settings))}"
+        )
 
 
 def measure(run: Run, model: LanguageModel, given: str) -> Result:
