@@ -1,5 +1,6 @@
 """What lies in a run's folder and is not of a run stays as it is."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from small_recipe import recipe
+from tandem.checkpoint import lock
 from tandem.cli import app
 
 
@@ -89,3 +91,13 @@ def test_a_model_of_other_making_is_told_before_the_run_goes_on(tmp_path, random
         assert done.exit_code == code and "is no export of Tandem's" in done.output, done.output
         assert "move it away, or begin anew with --fresh" in done.output
     assert contents(tmp_path / "run" / "model") == before
+
+
+def test_the_check_says_who_holds_the_folder_and_leaves_it_to_them(tmp_path):
+    path = recipe(tmp_path)
+    with lock(tmp_path / "run"):
+        done = call("check", path)
+        said = f"run folder  {tmp_path / 'run'} is in use by process {os.getpid()} on "
+        assert done.exit_code == 1 and said in done.output, done.output
+    assert call("check", path).exit_code == 0
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["lock"]

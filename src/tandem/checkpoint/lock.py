@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 
 from tandem.checkpoint.disk import failure, make_folder
 from tandem.errors import RunError
@@ -23,10 +24,7 @@ _held: set[int] = set()
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Hold the folder, which is created if missing; RunError naming the holder if there is one."""
-    try:
-        import fcntl
-    except ImportError as error:
-        raise RunError("locking a run folder needs a POSIX system (Linux, macOS, or Windows' WSL)") from error
+    fcntl = _posix()
     try:
         make_folder(folder)
         handle = os.open(folder / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -37,9 +35,7 @@ def lock(folder: Path) -> Iterator[None]:
     except BlockingIOError as error:
         holder = _holder(handle)
         os.close(handle)
-        raise RunError(
-            f"{folder} is in use by {holder}. Wait for it to end, or set another run_dir"
-        ) from error
+        raise RunError(in_use(folder, holder)) from error
     except OSError as error:
         os.close(handle)
         raise RunError(f"{folder} cannot be locked ({error}): set another run_dir") from error
@@ -49,6 +45,36 @@ def lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         _release(handle)
+
+
+def holder_of(folder: Path) -> str | None:
+    """Who holds the folder, in words; None where nobody does. Nothing is made or changed."""
+    fcntl = _posix()
+    try:
+        handle = os.open(folder / FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None  # There is no run, or none that this user could read.
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _holder(handle)
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+    return None
+
+
+def in_use(folder: Path, holder: str) -> str:
+    return f"{folder} is in use by {holder}. Wait for it to end, or set another run_dir"
+
+
+def _posix() -> ModuleType:
+    try:
+        import fcntl
+    except ImportError as error:
+        raise RunError("locking a run folder needs a POSIX system (Linux, macOS, or Windows' WSL)") from error
+    return fcntl
 
 
 def _sign(folder: Path, handle: int) -> None:

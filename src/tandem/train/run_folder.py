@@ -7,6 +7,7 @@ from rich.console import Console
 
 from tandem.checkpoint import newest, read_manifest
 from tandem.checkpoint.export import not_exported
+from tandem.checkpoint.lock import holder_of, in_use
 from tandem.checkpoint.manifest import step_of
 from tandem.checkpoint.swap import leftover_of
 from tandem.config import difference, load
@@ -117,8 +118,10 @@ def steps_done(run: Run, checkpoint: Path) -> int:
 
 def look_at_folder(run: Run) -> list[Line]:
     """Does the run begin, go on, or clash with what its folder holds?"""
-    check_folder(run)
     folder = Path(run.run_dir)
+    if (holder := holder_of(folder)) is not None:
+        return [("problem", in_use(folder, holder))]
+    check_folder(run)
     checkpoint = newest(folder / CHECKPOINTS)
     if checkpoint is None:
         first = (
