@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 from small_recipe import recipe
 from tandem.checkpoint import newest
+from tandem.checkpoint.swap import discard
 from tandem.cli import app
 from tandem.config import load
 from tandem.config.sections import Lora
@@ -156,6 +158,25 @@ def test_an_adapter_speaks_alike_from_its_checkpoint_and_merged(adapted):
     assert said == greedy(merged, "27+35")
     with from_checkpoint.model.base():
         assert said != greedy(from_checkpoint, "27+35"), "the adapter changed nothing: the test shows nothing"
+
+
+@pytest.mark.parametrize("reader", ["talk.place.load", "talk.evaluate.load", "talk.speaker.load"])
+def test_a_checkpoint_that_is_retired_while_it_is_read_is_told(trained, tmp_path, monkeypatch, reader):
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    shutil.rmtree(copy / "model")
+    checkpoint = newest(copy / "checkpoints")
+    room, _, name = reader.rpartition(".")
+    real = getattr(import_module(f"tandem.{room}"), name)
+
+    def slowly(*given, **options):
+        discard(checkpoint)
+        return real(*given, **options)
+
+    monkeypatch.setattr(f"tandem.{reader}", slowly)
+    done = call("eval", copy)
+    assert done.exit_code == 1, done.output
+    assert f"error: {checkpoint} was retired by its run while it was read; the same command" in done.stderr
 
 
 @pytest.mark.parametrize(

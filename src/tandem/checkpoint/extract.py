@@ -1,7 +1,11 @@
 """A Hugging Face folder from a checkpoint, whether the run goes on or not."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from tandem.checkpoint.export import export
 from tandem.checkpoint.manifest import list_problems, verify
@@ -17,27 +21,39 @@ LOADED = ("model.path", "reference.path", "critic.path", "reward.model.path")
 def extract(source: Path, target: Path) -> Path:
     """Write the policy of a checkpoint, or of a run's newest one, into `target`; of a run with an adapter its PEFT
     folder. No process but this one is needed, whatever the layout was. Returns the real path."""
-    # Imported here: it brings torch.distributed along, which finding a checkpoint does without.
-    from torch.distributed.checkpoint import CheckpointException
-
     from tandem.checkpoint.sharded import export_sharded
 
     checkpoint = checkpoint_of(source)
-    _spare_models(checkpoint, target.resolve())
     pieces, whole = checkpoint / "sharded", checkpoint / "model"
-    try:
+    with while_there(checkpoint):
+        _spare_models(checkpoint, target.resolve())
         if pieces.is_dir():
             return export_sharded(pieces, target)
         if not whole.is_dir():
             raise RunError(f"{checkpoint} holds no model; it was not made by a run of Tandem's")
         return export(lambda place: shutil.copytree(whole, place, dirs_exist_ok=True), target)
-    except (RunError, CheckpointException) as cause:
+
+
+@contextmanager
+def while_there(checkpoint: Path) -> Iterator[None]:
+    """What cannot be read inside, because the run has retired the checkpoint meanwhile, is told as that."""
+    try:
+        yield
+    except _failures() as cause:
         if checkpoint.is_dir():
             raise
         raise RunError(
             f"{checkpoint} was retired by its run while it was read; the same command takes a newer one. A larger "
             "checkpoint.keep leaves more time"
         ) from cause
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    """What reading raises where files are gone."""
+    # Imported here: it brings torch.distributed along, which finding a checkpoint does without.
+    from torch.distributed.checkpoint import CheckpointException
+
+    return ConfigError, RunError, OSError, SafetensorError, CheckpointException
 
 
 def _spare_models(checkpoint: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 import tandem
+from tandem.checkpoint.extract import while_there
 from tandem.config import Run, load, redact
 from tandem.config.sections import Model
 from tandem.engine import EmbeddedEngine
@@ -70,9 +71,11 @@ def settings_of(place: Place, recipe: str | None, overrides: list[str]) -> Run:
             f"{place.given} is a model without a run: say what to ask it with --recipe RECIPE, whose data.eval, "
             "reward and eval sections are then used"
         )
+    elif place.checkpoint is not None:
+        with while_there(place.checkpoint):
+            run = load(place.checkpoint / "config.yaml", overrides)
     else:
-        base = place.checkpoint or Path(place.given).expanduser()
-        run = load(base / "config.yaml", overrides)
+        run = load(Path(place.given).expanduser() / "config.yaml", overrides)
     if run.data.eval is None:
         raise ConfigError("data.eval is null: name held-out questions, for example data.eval=FILE")
     if place.folder is None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.checkpoint import newest
-from tandem.checkpoint.extract import checkpoint_of
+from tandem.checkpoint.extract import checkpoint_of, while_there
 from tandem.checkpoint.manifest import step_of
 from tandem.config import Run, load
 from tandem.errors import ConfigError
@@ -55,7 +55,8 @@ def outdated(path: Path) -> bool:
 
 
 def of_checkpoint(given: str, checkpoint: Path) -> Place:
-    return Place(given=given, checkpoint=checkpoint, run=load(checkpoint / "config.yaml"))
+    with while_there(checkpoint):
+        return Place(given=given, checkpoint=checkpoint, run=load(checkpoint / "config.yaml"))
 
 
 def nothing_in(path: Path) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tandem.checkpoint.extract import while_there
 from tandem.checkpoint.sharded import read_weights
 from tandem.data.question import Message
 from tandem.data.template import Renderer, open_template, split_stops
@@ -93,9 +94,10 @@ def open_model(place: Place, device: torch.device, trust: bool = False) -> Langu
     config, seed = place.run.model, place.run.seed
     sharded = place.checkpoint / "sharded"
     weights = None if sharded.is_dir() else place.checkpoint / "model"
-    model = load(config, tokenizer_of(config), device, seed=seed, resume=weights)
-    if weights is None:
-        read_weights(sharded, model)
+    with while_there(place.checkpoint):
+        model = load(config, tokenizer_of(config), device, seed=seed, resume=weights)
+        if weights is None:
+            read_weights(sharded, model)
     model.module.eval()
     return model
 
