@@ -52,7 +52,7 @@ def test_the_check_refuses_what_the_run_refuses_of_vllm(tmp_path, keys, said):
 def test_an_end_token_that_the_model_never_says_is_refused(tmp_path):
     run = load(recipe(tmp_path, sampling={"stop_tokens": [7, 999999]}))
     with pytest.raises(
-        ConfigError, match=r"^sampling.stop_tokens=999999: the model has the tokens 0 to"
+        ConfigError, match=r"^sampling.stop_tokens=999999: the tokenizer has the tokens 0 to"
     ) as told:
         train(run, Launch(recipe="small.yaml"))
     assert str(told.value) in [line.text for line in check(run) if line.status == "problem"]

@@ -180,13 +180,14 @@ def bos_text(name: str, template: Template, tokenizer: "PreTrainedTokenizerBase"
     return tokenizer.bos_token if template.bos == "always" or adds_bos else ""
 
 
-def check_stop_tokens(stop_tokens: Sequence[int], vocab_size: int) -> None:
+def check_stop_tokens(stop_tokens: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> None:
     """ConfigError for one that the model never says."""
+    last = max(tokenizer.get_vocab().values()) if stop_tokens else 0
     for token in stop_tokens:
-        if token >= vocab_size:
+        if token > last:
             raise ConfigError(
-                f"sampling.stop_tokens={token}: the model has the tokens 0 to {vocab_size - 1}; give one of these, or "
-                "the text as sampling.stop"
+                f"sampling.stop_tokens={token}: the tokenizer has the tokens 0 to {last}; give one of these, or the text "
+                "as sampling.stop"
             )
 
 

@@ -21,7 +21,7 @@ from tandem.errors import ConfigError
 from tandem.learner import Actor, Critic, Reference
 from tandem.model import LanguageModel, load_frozen
 from tandem.model.compiled import compile_blocks
-from tandem.model.load import REFERENCE_KEY, check_reference, vocab_size_of
+from tandem.model.load import REFERENCE_KEY, check_reference
 from tandem.model.value import load_reward_model, load_value, value_like
 from tandem.placement.copied import CopiedEngine, vllm_beside
 from tandem.reward_model import RewardModel
@@ -119,7 +119,7 @@ def sampling_params(run: Run, template: Renderer, tokenizer: PreTrainedTokenizer
     """The run's own settings; the template's ends of an answer come on top."""
     s = run.sampling
     stop, stop_tokens = split_stops(s.stop, tokenizer, "sampling.stop")
-    check_stop_tokens(s.stop_tokens, vocab_size_of(run.model, tokenizer))
+    check_stop_tokens(s.stop_tokens, tokenizer)
     return SamplingParams(
         temperature=s.temperature,
         top_k=s.top_k,
