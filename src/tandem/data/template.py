@@ -186,8 +186,8 @@ def check_stop_tokens(stop_tokens: Sequence[int], tokenizer: "PreTrainedTokenize
     for token in stop_tokens:
         if token > last:
             raise ConfigError(
-                f"sampling.stop_tokens={token}: the tokenizer has the tokens 0 to {last}; give one of these, or the text "
-                "as sampling.stop"
+                f"sampling.stop_tokens={token}: the tokenizer has the tokens 0 to {last}; give one of these, or "
+                "the text as sampling.stop"
             )
 
 
