@@ -97,6 +97,21 @@ def test_places_that_are_wrong(llama, tmp_path):
     assert "exists; give a path that is not there yet" in refused(llama, tmp_path)
 
 
+def test_what_a_model_belongs_to_is_no_model_and_says_what_to_give(llama, tmp_path):
+    run, adapter = tmp_path / "run", tmp_path / "adapter"
+    for folder, name in ((run, "config.yaml"), (adapter, "adapter_config.json")):
+        folder.mkdir()
+        (folder / name).write_text("{}")
+    said = f"{run} is a run and holds no model folder: write one with tandem export {run} TARGET"
+    assert said in refused(run, tmp_path)
+    shutil.copytree(llama, run / "model")
+    assert refused(run, tmp_path) == f"{run} is a run: its model is {run / 'model'}"
+    (run / "manifest.json").write_text("{}")
+    assert f"{run} is a run's checkpoint: its model is" in refused(run, tmp_path)
+    said = f"{adapter} is an adapter: give its model's folder as SOURCE, with --lora {adapter}"
+    assert refused(adapter, tmp_path) == said
+
+
 def test_a_target_that_is_the_source_is_refused(llama):
     before = sorted(llama.rglob("*"))
     with pytest.raises(ConfigError, match="exists; give a path"):

@@ -180,8 +180,25 @@ def _check_arguments(
         raise ConfigError(f"--shard-gb {shard_gb:g} must be above 0 and finite")
     if not source.is_dir():
         raise ConfigError(f"{source} does not exist or is not a folder; give a model's folder")
+    if said := _no_weights(source):
+        raise ConfigError(f"{source} is {said}")
     if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
         raise ConfigError(f"{target} exists; give a path that is not there yet")
+
+
+def _no_weights(source: Path) -> str:
+    """What a folder is that a model belongs to and that is none, and what to give; empty for any other."""
+    if (source / "config.json").is_file():
+        return ""
+    if (source / "adapter_config.json").is_file():
+        return f"an adapter: give its model's folder as SOURCE, with --lora {source}"
+    run, checkpoint = (source / "config.yaml").is_file(), (source / "manifest.json").is_file()
+    if not run:
+        return ""
+    what = "a run's checkpoint" if checkpoint else "a run"
+    if (source / "model" / "config.json").is_file():
+        return f"{what}: its model is {source / 'model'}"
+    return f"{what} and holds no model folder: write one with tandem export {source} TARGET, and give that"
 
 
 def _check_space(weights: Source, target: Path) -> None:
