@@ -186,6 +186,13 @@ def test_debug_shows_where_it_came_from(tmp_path, monkeypatch):
     assert "Traceback" in call(*arguments).stderr
 
 
+def test_commands_that_are_told_can_be_pasted(tmp_path):
+    folder = tmp_path / "my runs"
+    path = recipe(tmp_path, steps=1, run_dir=str(folder))
+    for done in (call("train", path), call("train", path)):
+        assert f"  tandem chat '{folder}'\n" in done.output, done.output
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path):
     path = recipe(tmp_path)
     assert call("train", path).exit_code == 0
@@ -195,6 +202,14 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     assert "is finished: 4 of 4 steps are done" in again.output
     assert "steps=8" in again.output and "--fresh" in again.output
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
+
+    assert "not used" not in again.output
+    changed = call("train", path, "eval.questions=3", "seed=1", "steps=3", "--allow-config-change")
+    assert changed.exit_code == 0 and "is finished: 4 of 3 steps" in changed.output
+    assert [line for line in changed.output.splitlines() if "not used" in line] == [
+        "  not used, for no step is left: eval.questions: 8 -> 3",
+        "  not used, for no step is left: seed: 0 -> 1",
+    ]
 
     shorter = call("train", path, "steps=3")
     assert shorter.exit_code == 0 and "is finished: 4 of 3 steps" in shorter.output

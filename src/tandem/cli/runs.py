@@ -137,7 +137,7 @@ def recipe_file(recipe: str) -> str:
 
 
 def say_if_finished(run: "Run", recipe: str, overrides: list[str], allow_config_change: bool) -> bool:
-    """Nothing is left to do: all steps are done and the model is exported, with this configuration."""
+    """Nothing is left to do: all steps are done and the model is exported. What is changed since is named."""
     from tandem.checkpoint import newest, read_manifest
     from tandem.config import difference, load
     from tandem.journal import exported_step
@@ -150,15 +150,18 @@ def say_if_finished(run: "Run", recipe: str, overrides: list[str], allow_config_
         return False
     if (exported := exported_step(folder)) is None or exported < done:
         return False
-    if difference(load(checkpoint / "config.yaml"), run) and not allow_config_change:
+    trained = load(checkpoint / "config.yaml")
+    if difference(trained, run) and not allow_config_change:
         return False
+    changed = difference(trained, run, free=("run_dir", "steps"))
     more = max(2 * done, 1)
     command = shlex.join([recipe, *(text for text in overrides if not text.startswith("steps="))])
     typer.echo(
         f"{folder} is finished: {done} of {run.steps} steps are done, the model is in {folder / 'model'}\n"
-        f"  tandem train {command} steps={more}   # go on\n"
+        + "".join(f"  not used, for no step is left: {change}\n" for change in changed)
+        + f"  tandem train {command} steps={more}   # go on\n"
         f"  tandem train {command} --fresh   # begin anew; this run is set aside\n"
-        f"  tandem chat {folder}"
+        f"  tandem chat {shlex.quote(str(folder))}"
     )
     return True
 

@@ -89,13 +89,13 @@ def dump(run: Run) -> str:
     return dump_yaml(run.model_dump(mode="json"))
 
 
-def difference(old: Run, new: Run) -> list[str]:
-    """`key: old -> new` for each key that a resumed run must not change."""
+def difference(old: Run, new: Run, free: Sequence[str] = FREE_ON_RESUME) -> list[str]:
+    """`key: old -> new` for each key that is not free to change; unless given, that a resumed run must not change."""
     before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
     said = []
     for name in sorted(before.keys() | after.keys()):
-        free = any(name == key or name.startswith(f"{key}.") for key in FREE_ON_RESUME)
-        if not free and (name not in before or name not in after or before[name] != after[name]):
+        may = any(name == key or name.startswith(f"{key}.") for key in free)
+        if not may and (name not in before or name not in after or before[name] != after[name]):
             values = [as_yaml(side[name]) if name in side else "(not set)" for side in (before, after)]
             said.append(f"{name}: {values[0]} -> {values[1]}")
     return said

@@ -6,6 +6,7 @@ Model text is hostile input to a terminal: it is shown without markup, its contr
 import json
 import os
 import platform
+import shlex
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,8 @@ class Summary:
         ]
         lines += ["", f"Everything is in {folder}:"]
         lines += [f"  {name:<16} {what}" for name, what in _FILES.items() if (folder / name).exists()]
-        lines += ["", "Next:", f"  tandem chat {folder}", f"  tandem eval {folder}"]
+        quoted = shlex.quote(str(folder))
+        lines += ["", "Next:", f"  tandem chat {quoted}", f"  tandem eval {quoted}"]
         return "\n".join([*lines, *_advice(run, self)])
 
 
