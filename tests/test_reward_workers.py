@@ -81,6 +81,8 @@ def test_a_number_that_32_bits_do_not_hold_is_invalid_alone_and_as_a_sum(
     assert kinds(scores) == ["invalid", 3.4e38] and "returned -1e+308" in scores[0].detail
     (score,) = scorer({"name": name, "weight": -1.5}).score([group("largest")])[0]
     assert score.failure == "invalid" and "the weighted sum of" in score.detail
+    penalized = scorer(name, overlong_buffer=100, overlong_penalty=1e300)
+    assert kinds(penalized.score([group("fine")])[0]) == ["invalid"]
 
 
 @pytest.mark.parametrize(

@@ -160,18 +160,17 @@ class Scorer:
         weights = self._weights[answer.scored_by]
         parts = {name: parts[name] for name in weights}
         terms = [weight * parts[name] for name, weight in weights.items()]
-        if not all(map(fits, terms)) or not fits(sum(terms)):
-            return self._failed(
-                answer, "invalid", f"the weighted sum of {dict(parts)} is beyond 32-bit numbers"
+        config, penalty = self._config, 0.0
+        if config.overlong_buffer:
+            penalty = parts[OVERLONG] = overlong(
+                answer.tokens, self._max_answer_tokens, config.overlong_buffer, config.overlong_penalty
             )
+        if not all(map(fits, [*terms, sum(terms) + penalty])):
+            return self._failed(answer, "invalid", f"the weighted sum of {parts} is beyond 32-bit numbers")
         merit = math.fsum(terms)
-        config = self._config
         if not config.overlong_buffer:
             return Score(reward=merit, parts=parts)
-        parts[OVERLONG] = overlong(
-            answer.tokens, self._max_answer_tokens, config.overlong_buffer, config.overlong_penalty
-        )
-        return Score(reward=merit + parts[OVERLONG], merit=merit, parts=parts)
+        return Score(reward=merit + penalty, merit=merit, parts=parts)
 
     def _failed(self, answer: Answer, kind: str, detail: str) -> Score:
         """A failure under the configured policy; one that counts as zero keeps its kind in the detail."""
