@@ -393,6 +393,29 @@ def test_ctrl_c_stops_the_answer_and_the_talk_goes_on():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_what_is_no_text_is_refused_and_the_talk_goes_on():
+    def read() -> str:
+        line = next(lines)
+        return line.decode() if isinstance(line, bytes) else line
+
+    terminal = Terminal()
+    lines = iter(["a\udcff", b"a\xff", "hello", "exit"])
+    converse(chat_with(reciter("ok"), terminal), read)
+    assert terminal.notices == [
+        "the text 'a\\udcff' is not UTF-8 (at character 2, '\\udcff'); write it in UTF-8",
+        "what was typed is not UTF-8 text (byte 2); write it in UTF-8",
+    ]
+    assert "".join(terminal.pieces) == "ok\n"
+
+
+def test_a_prompt_or_a_limit_that_is_none_is_wrong_usage(trained):
+    refused = call("generate", trained, "a\udcff")
+    assert refused.exit_code == 2 and "is not UTF-8 (at character 2" in refused.stderr, refused.output
+    for value in ("0", "-1", "nan", "1.5"):
+        assert call("generate", trained, "1+1", "--top-p", value).exit_code == 2
+    assert "0 leaves no token to sample" in call("generate", trained, "1+1", "--top-p", 0).stderr
+
+
 @pytest.mark.parametrize("leave", [EOFError, KeyboardInterrupt])
 def test_ctrl_d_and_ctrl_c_at_the_prompt_leave(leave):
     def read() -> str:

@@ -17,6 +17,14 @@ def plain_console() -> "Console":
     return Console(soft_wrap=True, highlight=False)
 
 
+def above_zero(value: float) -> float:
+    if not value > 0:
+        raise typer.BadParameter(
+            f"{value:g} leaves no token to sample; give a number above 0, or 1 for all tokens"
+        )
+    return value
+
+
 Recipe = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that comes along.")
 ]
@@ -33,7 +41,9 @@ Model = Annotated[
 ]
 Temperature = Annotated[float, typer.Option(min=0.0, help="Divides the logits; 0 is greedy.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among tokens of this much probability.")]
+TopP = Annotated[
+    float, typer.Option(max=1.0, help="Sample among tokens of this much probability.", callback=above_zero)
+]
 TopK = Annotated[int, typer.Option(min=0, help="Sample among so many tokens; 0 for all.")]
 MinP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Drop tokens below this share of the likeliest.")]
 Trust = Annotated[

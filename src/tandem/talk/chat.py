@@ -143,6 +143,9 @@ def converse(chat: Chat, read: Callable[[], str]) -> None:
         except (EOFError, KeyboardInterrupt):
             chat.say("\n")
             return
+        except UnicodeDecodeError as error:
+            chat.notice(f"what was typed is not UTF-8 text (byte {error.start + 1}); write it in UTF-8")
+            continue
         if line.lower() in LEAVE:
             return
         if line.lower() == CLEAR:

@@ -11,7 +11,7 @@ from tandem.data.question import Message
 from tandem.data.template import Renderer, open_template, split_stops
 from tandem.device import pick, set_threads
 from tandem.engine import SamplingParams
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, DataError
 from tandem.model import LanguageModel, describe, load, load_frozen, tokenizer_of
 from tandem.talk.place import Place
 
@@ -28,7 +28,10 @@ class Speaker:
     stop_tokens: frozenset[int] = frozenset()
 
     def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Tokens of a dialog whose last message is the user's; without a template, of that message alone."""
+        """Tokens of a dialog whose last message is the user's; without a template, of that message alone. DataError for
+        one that is no text."""
+        for message in messages:
+            check_text(message["content"])
         tokenizer = self.model.tokenizer
         if self.template is None:
             return tuple(tokenizer.encode(messages[-1]["content"]))
@@ -52,6 +55,17 @@ class Speaker:
             stop=self.stop,
             stop_tokens=self.stop_tokens,
         )
+
+
+def check_text(text: str) -> None:
+    """Bytes that are not UTF-8 come from the command line or the terminal as halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the text {text[:40]!a} is not UTF-8 (at character {error.start + 1}, {text[error.start]!a}); write it in "
+            "UTF-8"
+        ) from None
 
 
 def open_speaker(place: Place, device: str, *, raw: bool = False, trust: bool = False) -> Speaker:
