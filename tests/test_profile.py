@@ -26,6 +26,13 @@ def test_profile_traces_the_second_step_and_accounts_for_its_time(random_folder,
     )
 
 
+def test_a_run_without_a_second_step_says_that_nothing_is_traced(random_folder, make_run, quiet, caplog):
+    run = make_run(random_folder, steps=1, profile=True, reward={"functions": [{"name": REWARD}]})
+    train(run, quiet)
+    assert "steps=1 leaves none: nothing is traced; set steps=2 or more" in caplog.text
+    assert not (Path(run.run_dir) / "profile").exists()
+
+
 def test_a_critic_has_its_rows(random_folder, make_run, quiet):
     algorithm = {"preset": "ppo", "kl": {"coef": 0.1}}
     run = make_run(

@@ -52,6 +52,13 @@ class Session:
         self.last: Evaluation | None = None
         self._figures: dict[str, float] = {}
         self._profiled = start + 1 if run.profile else None
+        if run.profile and run.steps < start + 2:
+            logger.warning(
+                "profile=true traces the second step from where a run begins or goes on, and steps=%d leaves none: "
+                "nothing is traced; set steps=%d or more",
+                run.steps,
+                start + 2,
+            )
         self._profile: StepProfile | None = None
         self._saved: int | None = start or None
         roles.sampler.poll = self._poll
