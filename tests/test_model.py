@@ -246,9 +246,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(value, tmp_path):
     model = language_model()
     model.module.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
     model.save(tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"not finite .*, model\.layers\.1\.mlp\.up_proj\.weight the"
-    ):
+    with pytest.raises(ConfigError, match=r"not finite .*, model\.layers\.1\.mlp\.up_proj\.weight the"):
         opened(tmp_path)
 
 
