@@ -46,6 +46,7 @@ def test_with_weights_laid_out_numbers_stay_the_same(family, intel, monkeypatch)
     """By oneDNN, and in the order of MKL where that has AVX-512."""
     monkeypatch.setattr(products, "wide_vectors", lambda: intel)
     monkeypatch.setattr(products, "idle_vectors", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     model = language_model(family)
     tokens_N, rows = line()
     laid, plain = sampling_forward(model, 32, 64), sampling_forward(model, 32, 1)
