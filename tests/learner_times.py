@@ -46,23 +46,38 @@ CPU = torch.device("cpu")
 
 
 def seconds_of_each(rank: int, world: int, address: str, place: str) -> None:
-    """Writes `seconds.json`: median seconds of each phase, of the learner's in each layout. They take turns, so that a
-    slow minute of the machine hits all of them."""
-    connect(rank, world, address, CPU, timeout_s=120)
-    folder = Path(place)
-    run = load(folder / "small.yaml")
-    layouts = MIXTURE if run.model.path else DENSE
-    set_threads(run.placement.cpus)
+    """Writes `seconds.json`: median seconds of the learner's phases in each layout."""
+    run = begun(rank, world, address, place)
     part = full_step(GROUPS, PROMPT, ANSWERS, ANSWER)
-    phases: dict[str, Callable[[], object]] = {"rollout": sampling(run, rank, world)}
-    for name, sizes in layouts.items():
+    phases: dict[str, Callable[[], object]] = {}
+    for name, sizes in (MIXTURE if run.model.path else DENSE).items():
         pupil = actor(run, sizes)
         phases[f"{name}, update"] = partial(pupil.update, [part], 0.0)
         phases[f"{name}, old log-probs"] = partial(pupil.logprobs, part)
-        if name in SENDING:
-            phases[f"{name}, transfer"] = Sent(run, pupil, rank, folder / name).send
+    take_time(phases, Path(place))
+
+
+def seconds_of_engines(rank: int, world: int, address: str, place: str) -> None:
+    """The same of an engine beside each learner: it samples its share, and takes weights from learners that lie in
+    some layouts."""
+    run = begun(rank, world, address, place)
+    phases = {"rollout": sampling(run, rank, world)}
+    for name in SENDING:
+        phases[f"{name}, transfer"] = Sent(run, actor(run, DENSE[name]), rank, Path(place) / name).send
+    take_time(phases, Path(place))
+
+
+def begun(rank: int, world: int, address: str, place: str) -> Run:
+    connect(rank, world, address, CPU, timeout_s=120)
+    run = load(Path(place) / "small.yaml")
+    set_threads(run.placement.cpus)
+    return run
+
+
+def take_time(phases: dict[str, Callable[[], object]], folder: Path) -> None:
+    """They take turns, so that a slow minute of the machine hits all of them."""
     rounds = [{name: until_all_have(act) for name, act in phases.items()} for _ in range(ROUNDS)]
-    if rank == 0:
+    if dist.get_rank() == 0:
         found = {name: median(each[name] for each in rounds) for name in phases}
         (folder / "seconds.json").write_text(json.dumps(found))
 

@@ -10,7 +10,7 @@ import tandem.engine.roads
 import tandem.engine.weights
 from near import assert_near
 from plan_ranks import full_step
-from plan_runs import large
+from plan_runs import large, trainer
 from small_recipe import recipe
 from tandem.config import load
 from tandem.config.run import Run
@@ -37,7 +37,8 @@ UNPROVED = "engine.verify_every=1000000"
 def transfer(run: Run, axes: Axes, sending: Sending | None = None) -> Transfer:
     rates = replace(assumed(find("h200"), "bf16"), sending=sending)
     shape = footprint.shape_of(run.model, None)
-    return Transfer(run=run, shape=shape, axes=axes, rates=rates, links=links(rates, 8, 8))
+    place, gathering = links(rates, 8, 8), trainer(run, axes, 8).gathering()
+    return Transfer(run=run, shape=shape, axes=axes, rates=rates, links=place, gathering=gathering)
 
 
 def test_every_device_of_an_engine_takes_all_of_the_weights_that_travel(tmp_path):
@@ -88,6 +89,8 @@ def test_the_proof_is_the_checksums_of_both_ends_and_two_passes_that_read_the_we
     run = large(tmp_path, "dense", *keys)
     shape, rate = footprint.shape_of(run.model, None), 0.7 * 4.8e12
     wanted = sums * shape.parameters * (2 + 3 * 8) / rate
+    # The learners gather what they hold, layer by layer.
+    wanted += 2 * shape.parameters * 7 / 8 / (0.7 * 450e9) + (80 + 1) * 7 * 2e-6
     wanted += 2 * (2 * (shape.parameters - shape.embedding - 161 * 8192) / rate + 1e-3 + 80 * 10e-6)
     assert transfer(run, Axes(shard=8)).seconds - bare == pytest.approx(wanted, rel=1e-4)
     seldom = transfer(large(tmp_path, "dense", *keys, "engine.verify_every=10"), Axes(shard=8)).seconds
@@ -128,8 +131,9 @@ def test_what_was_measured_counts_for_each_byte_and_for_each_pass_over_the_probe
     alone = transfer(run, Axes(replicate=8), measured_here).seconds
     assert alone == pytest.approx(shape.parameters * (2e-9 + 2 * 1e-10))
     gathered = transfer(run, Axes(shard=8), measured_here).seconds - alone
-    messages = shape.tensors * 7 * 2e-6
-    assert gathered == pytest.approx(2 * shape.parameters * 7 / 8 / (0.7 * 450e9) + messages)
+    # To be sent tensor by tensor, and once more layer by layer for the probe.
+    messages = (shape.tensors + 80 + 1) * 7 * 2e-6
+    assert gathered == pytest.approx(2 * 2 * shape.parameters * 7 / 8 / (0.7 * 450e9) + messages)
     adapted = large(tmp_path, "dense", *VLLM, "model.lora={rank: 8}")
     small = footprint.shape_of(adapted.model, None)
     wanted = small.adapter * 2e-9 + 3 * 1e-10 * small.parameters

@@ -268,7 +268,7 @@ class Search:
         trainer = self._trainer(run, self.plan.shape, axes, learner.layout, learner.optimizer)
         actor = replace(load.own, passes=policy_passes(trainer))
         places = {"actor": actor, **self._others(variant, axes.world)}
-        moving = {"transfer": self._transfer(run, axes).seconds if engine.copied else 0.0}
+        moving = {"transfer": self._transfer(run, trainer).seconds if engine.copied else 0.0}
         if load.asleep:
             moving["sleep and wake"] = 2 * load.asleep / self.plan.rates.host
         learning = sum(one.seconds for place in places.values() for one in place.passes.values())
@@ -312,9 +312,16 @@ class Search:
             return memory
         return replace(memory, lasting=memory.lasting | memory.host, host={})
 
-    def _transfer(self, run: Run, axes: Axes) -> Transfer:
+    def _transfer(self, run: Run, trainer: Trainer) -> Transfer:
         made = self.plan
-        return Transfer(run=run, shape=made.shape, axes=axes, rates=made.rates, links=self._all)
+        return Transfer(
+            run=run,
+            shape=made.shape,
+            axes=trainer.axes,
+            rates=made.rates,
+            links=self._all,
+            gathering=trainer.gathering(),
+        )
 
     def _trainer(
         self, run: Run, shape: Shape, axes: Axes, layout: Layout, optimizer: Optimizer | None

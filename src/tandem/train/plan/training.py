@@ -112,7 +112,7 @@ class Trainer:
         parts, chunks, ranks = tokens.forwards, self.axes.pipeline_chunks, self.axes.pipeline
         most, joining = max(products), parts * (passes * self._joining(tokens) + self._choosing(tokens))
         joining += parts * (passes - learns) * self._announcing(tokens)
-        moving = parts * gathers * self._gathering()
+        moving = parts * gathers * self.gathering()
         if learns:
             moving += parts * self._scattering()
         between = self._between() if learns else 0.0
@@ -199,7 +199,7 @@ class Trainer:
             return self.links.all_reduce(size_bytes, tensor, 1)
         return self.links.all_gather(size_bytes, tensor, 1) + self.links.reduce_scatter(size_bytes, tensor, 1)
 
-    def _gathering(self) -> float:
+    def gathering(self) -> float:
         """Seconds to gather what each process holds of a stage, layer by layer and then the rest."""
         return self._moving(self._held[0], self._word, self.links.all_gather)
 

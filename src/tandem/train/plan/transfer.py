@@ -29,13 +29,15 @@ class Transfer:
     axes: Axes
     rates: Rates
     links: Links
+    gathering: float
+    """Seconds in which learners gather what each holds, for a pass of theirs."""
 
     @property
     def seconds(self) -> float:
         """Of weights, or of a model with one the adapter: they are gathered, and each device of the engines takes all
         of them."""
         if (sending := self.rates.sending) is not None:
-            proved = self._probes * self.shape.parameters * sending.probe_s
+            proved = self._probes * self.shape.parameters * sending.probe_s + self._gathered_to_prove()
             return self._gathered() + self._bytes * sending.byte_s + proved
         if self.run.engine.transfer == "ipc":
             return self._gathered() + self._proof()
@@ -60,7 +62,11 @@ class Transfer:
         summing = sums * self._bytes / word * (word + 3 * WIDE) / rates.bandwidth
         held = (self.shape.dense + self.shape.expert_parameters + self.shape.head) * word
         reading = held / rates.bandwidth + rates.step_s + self.shape.layers * rates.layer_s
-        return (summing + self._probes * reading) / engine.verify_every
+        return (summing + self._probes * reading) / engine.verify_every + self._gathered_to_prove()
+
+    def _gathered_to_prove(self) -> float:
+        """All but one of the passes over the probe are the learners'."""
+        return (self._probes - 1) * self.gathering / self.run.engine.verify_every
 
     @property
     def _word(self) -> int:
