@@ -112,11 +112,12 @@ def test_transfers_are_timed_by_road_and_proof(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark", *size, "--out", str(tmp_path)])
     transfer.main()
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert list(last["seconds"])[3:6] == ["files, none", "files, checksums", "files, checksums and probe"]
+    roads, proofs = ("memory", "ipc", "files", "broadcast"), ("none", "checksums", "checksums and probe")
+    assert list(last["seconds"]) == [f"{road}, {proof}" for road in roads for proof in proofs]
     case = json.loads((tmp_path / "transfer-64.json").read_text())["cases"]["one engine"]
     assert case["bytes"] == 4 * (2 * (64 * 64 * 3 + 64 * 2 + 3 * 64 * 256 + 2 * 64) + 400 * 64 + 64)
     assert all(len(row["seconds"]) == 2 and row["median_seconds"] > 0 for row in case["rows"])
-    assert document.transfer_table(case).count("| checksums and probe |") == 3
+    assert document.transfer_table(case).count("| checksums and probe |") == 4
 
 
 @pytest.mark.alone

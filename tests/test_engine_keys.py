@@ -10,6 +10,7 @@ from tandem.config.engine import Engine
 from tandem.config.sections import Lora
 from tandem.engine import SamplingParams
 from tandem.engine.vllm import arguments, changes_distribution, check_params, check_room, port
+from tandem.engine.vllm_adapter import check_adapter
 from tandem.errors import ConfigError
 
 
@@ -52,7 +53,7 @@ def test_the_keys_reach_vllm():
     }
     assert wanted.items() <= chosen.items()
     with pytest.raises(ConfigError, match=r"model.lora.rank=600"):
-        arguments("folder", config, torch.bfloat16, Lora(rank=600), False, fill=True)
+        check_adapter(Lora(rank=600), "folder", mixture=False)
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_a_mistyped_folder_is_not_looked_up_on_the_hub(tmp_path, monkeypatch, gi
     assert f"{given}: there is no such folder; give" in str(refused.value)
     assert f"model.path={given} does not exist; give" in str(model.value)
     for said in (str(refused.value), str(model.value)):
-        assert said.endswith(f"Near: {near}" if near else "run." if "run" in said else "model.")
+        assert said.endswith(f"Near: {near}" if near else "run" if "run" in said else "model")
     assert locate("someone/model").folder == existing("someone/model") == "someone/model"
 
 

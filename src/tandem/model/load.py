@@ -90,7 +90,7 @@ def existing(path: str | None, key: str = "model.path") -> str:
         return path
     if not (folder / "config.json").is_file():
         what, others = ("has no config.json", "") if folder.is_dir() else ("does not exist", near(folder))
-        raise ConfigError(f"{key}={path} {what}; give the folder of a Hugging Face model.{others}")
+        raise ConfigError(f"{key}={path} {what}; give the folder of a Hugging Face model{others}")
     return str(folder)
 
 

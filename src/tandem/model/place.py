@@ -15,10 +15,10 @@ def means_folder(path: str) -> bool:
 
 
 def near(folder: Path) -> str:
-    """` Near: ...` with the likeliest folders beside a missing one, or nothing."""
+    """`. Near: ...` with the likeliest folders beside a missing one; nothing where none is like it."""
     try:
         names = sorted(entry.name for entry in folder.parent.iterdir() if entry.is_dir())
     except OSError:
         return ""
-    likely = get_close_matches(folder.name, names, n=_SHOWN, cutoff=0.5) or names[:_SHOWN]
-    return f" Near: {', '.join(str(folder.parent / name) for name in likely)}" if likely else ""
+    likely = get_close_matches(folder.name, names, n=_SHOWN, cutoff=0.5)
+    return f". Near: {', '.join(str(folder.parent / name) for name in likely)}" if likely else ""

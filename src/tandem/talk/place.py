@@ -33,7 +33,7 @@ def locate(given: str) -> Place:
         if not means_folder(given):
             return Place(given=given, folder=given)
         what, others = ("is a file", "") if path.exists() else ("there is no such folder", near(path))
-        raise ConfigError(f"{given}: {what}; give the folder of a Hugging Face model or of a run.{others}")
+        raise ConfigError(f"{given}: {what}; give the folder of a Hugging Face model or of a run{others}")
     if (path / "config.json").is_file():
         return Place(given=given, folder=str(path))
     if (path / "manifest.json").is_file():
