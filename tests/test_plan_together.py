@@ -72,7 +72,7 @@ def test_the_times_of_two_learners_on_this_machine_are_near_those_expected(tmp_p
 @pytest.mark.alone
 def test_the_times_of_two_engines_at_once_are_near_those_expected(tmp_path):
     """That they sample, and that they take weights which two learners each have or hold together."""
-    run = of_two(tmp_path, {"new": NEW | {"hidden_size": 512, "layers": 8}})
+    run = of_two(tmp_path, {"new": NEW | {"hidden_size": 512}})
     layouts = {name: DENSE[name] for name in SENDING}
 
     def taken() -> dict[str, float]:

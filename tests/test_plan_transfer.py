@@ -147,7 +147,11 @@ def test_the_times_of_a_transfer_and_of_sleep_on_this_machine_are_near_those_exp
     sections = {
         "data": {"max_prompt_tokens": 24},
         "placement": {"kind": "colocated"},
-        "learner": {"sleep": True},
+        # No reference, which would sleep too.
+        "algorithm": {"kl": {"coef": 0.0}},
+        # Little of all else that is measured.
+        "sampling": {"prompts_per_step": 1, "answers_per_prompt": 2, "max_answer_tokens": 4},
+        "learner": {"sleep": True, "tokens_per_forward": 32},
     }
     run = load(recipe(tmp_path, model={"new": new}, **sections))
     sender, receiver = (load_model(run.model, new_tokenizer(), torch.device("cpu")) for _ in range(2))
