@@ -63,10 +63,14 @@ def measured(run: Run, lengths: Lengths, threads: int | None, grid: Grid | None 
         return common
     small = shortened(shape, layers)
     model = short_model(run, layers)
-    engine = replace(common, **engine_rates(run, model, small, lengths, common), overlaps=False)
-    engine = replace(engine, sending=sending(run, short_model(run, max(1, layers_within(shape, SENT)))))
+    engine = replace(
+        common,
+        **engine_rates(run, model, small, lengths, common),
+        overlaps=False,
+        sending=sending(run, short_model(run, max(1, layers_within(shape, SENT)))),
+        host=asleep_rate(model),
+    )
     part = f"{layers} of the model's {shape.layers} layers"
-    engine = replace(engine, host=asleep_rate(model))
     origin = f"measured on this machine with {several(threads, 'thread')} on {part}"
     learner = (
         model if grid is None else kind_of(grid)(model.network, model.tokenizer, model.source, grid, "grid")

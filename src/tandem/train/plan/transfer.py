@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tandem.config.run import Run
 from tandem.model import LanguageModel
 from tandem.model.load import DTYPES
-from tandem.train.footprint import Shape
+from tandem.train.footprint import FLOAT, Shape
 from tandem.train.plan.axes import Axes
 from tandem.train.plan.device import Rates, Sending
 from tandem.train.plan.link import Links
@@ -57,11 +57,11 @@ class Transfer:
 
     def _proof(self) -> float:
         """Checksums at both ends, and the probe; on average, where not every transfer is proved."""
-        rates, word, engine = self.rates, self._word, self.run.engine
+        rates, engine = self.rates, self.run.engine
         sums = CHECKSUMS.get(engine.transfer, TWICE)
-        summing = sums * self._bytes / word * (word + 3 * WIDE) / rates.bandwidth
-        held = (self.shape.dense + self.shape.expert_parameters + self.shape.head) * word
-        reading = held / rates.bandwidth + rates.step_s + self.shape.layers * rates.layer_s
+        summing = sums * (self._bytes + self._weights * 3 * WIDE) / rates.bandwidth
+        held = self.shape.dense + self.shape.expert_parameters + self.shape.head
+        reading = held * self._word / rates.bandwidth + rates.step_s + self.shape.layers * rates.layer_s
         return (summing + self._probes * reading) / engine.verify_every + self._gathered_to_prove()
 
     def _gathered_to_prove(self) -> float:
@@ -73,8 +73,14 @@ class Transfer:
         return DTYPES[self.run.engine_dtype].itemsize
 
     @property
-    def _bytes(self) -> float:
-        return (self.shape.adapter or self.shape.parameters) * self._word
+    def _weights(self) -> int:
+        """That travel."""
+        return self.shape.adapter or self.shape.parameters
+
+    @property
+    def _bytes(self) -> int:
+        """Of them; an adapter is in float32."""
+        return self._weights * (FLOAT if self.shape.adapter else self._word)
 
     @property
     def _probes(self) -> int:
@@ -86,10 +92,8 @@ def sending(run: Run, model: LanguageModel) -> Sending:
     """Of that model, from one process of this machine to an engine's, by the road that the run's weights take."""
     receiver = LanguageModel(deepcopy(model.network), model.tokenizer, model.source)
     receiver.network.to(DTYPES[run.engine_dtype])
-    way, every = (
-        Way(run.engine.road(one_process=False, adapter=False), model, receiver),
-        run.engine.verify_every,
-    )
+    way = Way(run.engine.road(one_process=False, adapter=False), model, receiver)
+    every = run.engine.verify_every
     try:
         proved = typical(lambda: way.send(True))
         bare = typical(lambda: way.send(False)) if every > 1 else proved
