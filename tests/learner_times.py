@@ -40,8 +40,8 @@ DENSE: dict[str, dict[str, Any]] = {
 MIXTURE: dict[str, dict[str, Any]] = {"sharded": {"shard": 2}, "expert": {"shard": 2, "expert": 2}}
 SENDING = ("replicate", "shard")
 """Layouts from which weights go to the engines as well."""
-GROUPS, PROMPT, ANSWERS, ANSWER = 4, 48, 8, 64
-ROUNDS = 4
+GROUPS, PROMPT, ANSWERS, ANSWER = 2, 48, 8, 64
+ROUNDS = 3
 CPU = torch.device("cpu")
 
 

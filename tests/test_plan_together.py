@@ -56,6 +56,7 @@ def mixture(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.alone
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
 def test_the_times_of_two_learners_on_this_machine_are_near_those_expected(tmp_path, kind):
     run = of_two(tmp_path, {"new": NEW} if kind == "dense" else mixture(tmp_path))
@@ -70,6 +71,7 @@ def test_the_times_of_two_learners_on_this_machine_are_near_those_expected(tmp_p
 
 
 @pytest.mark.alone
+@pytest.mark.timeout(900)
 def test_the_times_of_two_engines_at_once_are_near_those_expected(tmp_path):
     """That they sample, and that they take weights which two learners each have or hold together."""
     run = of_two(tmp_path, {"new": NEW | {"hidden_size": 512}})

@@ -141,6 +141,7 @@ def test_what_was_measured_counts_for_each_byte_and_for_each_pass_over_the_probe
 
 
 @pytest.mark.alone
+@pytest.mark.timeout(900)
 def test_the_times_of_a_transfer_and_of_sleep_on_this_machine_are_near_those_expected(tmp_path):
     """Of twice as many weights as are measured; the learner that sleeps has its optimizer's states too."""
     new = {"hidden_size": 512, "layers": 16, "heads": 8, "kv_heads": 2, "max_positions": 256}

@@ -6,7 +6,7 @@ from statistics import median
 
 import torch.distributed as dist
 
-ROUNDS = 5
+ROUNDS = 3
 
 
 def typical(act: Callable[[], object]) -> float:
