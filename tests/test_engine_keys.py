@@ -60,6 +60,7 @@ def test_the_keys_reach_vllm():
     ("values", "says"),
     [
         ({"transfer": "memory", "tensor_parallel": 2}, "transfer=memory stays in one process"),
+        ({"max_num_batched_tokens": 200}, r"batched_tokens=200 is less than .*max_num_seqs=256 answers"),
         ({"transfer": "broadcast", "transfer_dir": "here"}, "transfer_dir is for transfer=files"),
         ({"kind": "embedded", "max_num_seqs": 64}, "engine.max_num_seqs is for engine.kind=vllm"),
         ({"gpu_memory_utilization": 1.5}, "less than or equal to 1"),

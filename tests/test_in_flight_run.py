@@ -285,7 +285,8 @@ def held_against_their_weights(folder: Path, run, records) -> int:
 
 @needs_ray
 def test_tokens_are_of_the_weights_that_their_version_says(tmp_path, monkeypatch):
-    """By files to one engine; then by broadcasts to two, of which one is killed and one hangs."""
+    """By files to one engine; then by broadcasts to two, of which one is killed and one hangs. No answer of the last
+    steps can be begun by either, so others take their places."""
     run_in(tmp_path, monkeypatch, steps=3)
     hang, hit, after = hanging(monkeypatch), [], Session.after
 
@@ -297,7 +298,7 @@ def test_tokens_are_of_the_weights_that_their_version_says(tmp_path, monkeypatch
 
     monkeypatch.setattr(Session, "after", strike)
     run, rows, records = run_in(
-        tmp_path, monkeypatch, steps=7, placement=PLACEMENT | {"engines": 2}, engine={"transfer": "broadcast"}
+        tmp_path, monkeypatch, steps=9, placement=PLACEMENT | {"engines": 2}, engine={"transfer": "broadcast"}
     )
     by_files = held_against_their_weights(tmp_path, run, records[:3])
     assert held_against_their_weights(tmp_path, run, records) > by_files > 0

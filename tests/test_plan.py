@@ -167,7 +167,7 @@ def test_thousands_of_devices_are_planned_in_seconds_from_a_config_alone(tmp_pat
     run = large(tmp_path, name)
     began = time.process_time()
     made = planned(run, device, count)
-    assert time.process_time() - began < 20
+    assert time.process_time() - began < 60
     assert made.fitting + made.missed == made.tried > 500
     assert [o.step_s for o in made.offers] == sorted(o.step_s for o in made.offers)
     for offer in made.offers:

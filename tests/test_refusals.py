@@ -23,7 +23,7 @@ def test_an_evaluation_that_vllm_cannot_sample_is_refused_by_its_own_key(tmp_pat
         eval={"temperature": 0.6},
         journal={"samples": 0, "sinks": ["jsonl"]},
     )
-    with pytest.raises(ConfigError, match=r"^eval.temperature=0.6 together with .*min_tokens=4"):
+    with pytest.raises(ConfigError, match=r"^eval.temperature=0.6 together with .*min_answer_tokens=4"):
         train(load(path), Launch(recipe=str(path)))
 
 

@@ -413,6 +413,9 @@ def test_a_prompt_or_a_limit_that_is_none_is_wrong_usage(trained):
     assert refused.exit_code == 2 and "is not UTF-8 (at character 2" in refused.stderr, refused.output
     for value in ("0", "-1", "nan", "1.5"):
         assert call("generate", trained, "1+1", "--top-p", value).exit_code == 2
+    for option, value in [("--temperature", "nan"), ("--temperature", "inf"), ("--min-p", "nan")]:
+        assert call("generate", trained, "1+1", option, value).exit_code == 2
+    assert "inf divides nothing" in call("generate", trained, "1+1", "--temperature", "inf").stderr
     assert "0 leaves no token to sample" in call("generate", trained, "1+1", "--top-p", 0).stderr
 
 

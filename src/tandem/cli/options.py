@@ -1,5 +1,6 @@
 """Options that several commands have, and what each does first."""
 
+from math import isfinite
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -25,6 +26,12 @@ def above_zero(value: float) -> float:
     return value
 
 
+def finite(value: float) -> float:
+    if not isfinite(value):
+        raise typer.BadParameter(f"{value:g} divides nothing; give a number, or 0 for greedy answers")
+    return value
+
+
 Recipe = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that comes along.")
 ]
@@ -39,7 +46,9 @@ Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="Folder of a run or of a Hugging Face model.", show_default=False),
 ]
-Temperature = Annotated[float, typer.Option(min=0.0, help="Divides the logits; 0 is greedy.")]
+Temperature = Annotated[
+    float, typer.Option(min=0.0, help="Divides the logits; 0 is greedy.", callback=finite)
+]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 TopP = Annotated[
     float, typer.Option(max=1.0, help="Sample among tokens of this much probability.", callback=above_zero)

@@ -32,7 +32,7 @@ class Engine(Section):
     max_num_seqs: int = Field(256, gt=0)
     """Answers that decode at the same time."""
     max_num_batched_tokens: int | None = Field(None, gt=0)
-    """Tokens computed in one step of the engine; null for vLLM's choice."""
+    """Tokens computed in one step of the engine, `max_num_seqs` at least; null for vLLM's choice."""
     max_model_len: int | None = Field(None, gt=0)
     """Longest prompt plus answer, in tokens; null for the model's own limit."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
@@ -71,6 +71,15 @@ class Engine(Section):
             )
         if self.transfer_dir is not None and self.transfer not in ("auto", "files"):
             raise ValueError(f"engine.transfer_dir is for transfer=files, not transfer={self.transfer}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_token_for_each_answer(self) -> "Engine":
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"engine.max_num_batched_tokens={self.max_num_batched_tokens} is less than a token for each of "
+                f"engine.max_num_seqs={self.max_num_seqs} answers; raise it, or lower max_num_seqs"
+            )
         return self
 
     @model_validator(mode="after")

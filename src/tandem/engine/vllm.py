@@ -391,7 +391,7 @@ def check_params(params: SamplingParams, section: str = "sampling") -> None:
     if changes_distribution(params) and params.temperature not in (0, 1):
         raise ConfigError(
             f"{section}.temperature={params.temperature} together with top_k={params.top_k}, top_p={params.top_p}, "
-            f"min_p={params.min_p}, repetition_penalty={params.repetition_penalty}, min_tokens={params.min_tokens}: "
-            "vLLM cannot say the log-probabilities of the policy then. Set temperature=1, or leave the others out, "
-            "or use engine.kind=embedded"
+            f"min_p={params.min_p}, repetition_penalty={params.repetition_penalty}, "
+            f"min_answer_tokens={params.min_tokens}: vLLM cannot say the log-probabilities of the policy then. Set "
+            "temperature=1, or leave the others out, or use engine.kind=embedded"
         )

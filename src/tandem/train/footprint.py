@@ -73,6 +73,11 @@ class Shape:
     """That go to an engine: those of the adapter, or where there is none all."""
 
     @property
+    def inside(self) -> int:
+        """Weights of all layers."""
+        return self.parameters - self.embedding - self.hidden - (0 if self.tied else self.head)
+
+    @property
     def used(self) -> float:
         """Weights in the layers that one token is multiplied with."""
         return self.dense + (self.expert_parameters * self.active / self.experts if self.experts else 0)
@@ -234,7 +239,7 @@ def learning_at(
         host |= states | {"gradients of the masters": trained * FLOAT}
     else:
         lasting |= states
-    updating = update(run, shape, longest_prompt, word, stages, layout)
+    updating = {"gradients": trained * word} | passing(run, shape, longest_prompt, word, stages, layout)
     if layout.offload_parameters:
         host["weights"] = lasting.pop("weights")
     if layout.offload_parameters or layout.offload_gradients:
@@ -272,17 +277,12 @@ def held(shape: Shape, stages: Stages) -> tuple[int, int]:
     twice where the ends of a pipeline are two processes."""
     axes, share = stages.axes, stages.layers / shape.layers
     experts = shape.expert_parameters * share
-    split = inside(shape) * share - experts + outside(shape, stages)
+    split = shape.inside * share - experts + outside(shape, stages)
     weights = split / axes.tensor + experts
     trained = weights
     if shape.trainable < shape.parameters:
         trained = shape.trainable * share / axes.tensor
     return math.ceil(weights / axes.cut), math.ceil(trained / axes.cut)
-
-
-def inside(shape: Shape) -> int:
-    """Weights of all layers."""
-    return shape.parameters - outside(shape, Stages(layers=shape.layers))
 
 
 def outside(shape: Shape, stages: Stages) -> int:
@@ -297,7 +297,7 @@ def gathered(shape: Shape, stages: Stages, word: int) -> int:
     axes = stages.axes
     if axes.cut == 1:
         return 0
-    split = (inside(shape) - shape.expert_parameters) / axes.tensor
+    split = (shape.inside - shape.expert_parameters) / axes.tensor
     layer = (split + shape.expert_parameters / axes.expert) / shape.layers
     trained = 1.0 if shape.trainable == shape.parameters else shape.trainable / shape.parameters
     gradients = trained * (word + FLOAT)
@@ -346,10 +346,10 @@ def drawing(run: Run, shape: Shape) -> int:
     return shape.vocabulary * FLOAT * (TRUNCATED_COPIES if truncates else SAMPLED_COPIES)
 
 
-def update(
+def passing(
     run: Run, shape: Shape, longest_prompt: int, word: int, stages: Stages, layout: Layout
 ) -> dict[str, int]:
-    """Forward and backward of one micro-batch, or of those on their way through a pipeline, with all gradients."""
+    """Forward and backward of one micro-batch, or of those on their way through a pipeline."""
     axes, answer, group = stages.axes, run.sampling.max_answer_tokens, run.sampling.answers_per_prompt
     longest = longest_prompt + answer
     tokens = min(run.learner.room(longest, longest_prompt), run.rollouts_per_step * longest)
@@ -367,7 +367,6 @@ def update(
         kept = tokens * (layers * entering + layer) + scores
     waiting = parts - 1 if axes.pipeline > 1 and schedule == "gpipe" else 0
     found = {
-        "gradients": held(shape, stages)[1] * word,
         "activations": int(kept),
         "logits": logits(run, shape, axes, answers, waiting) if stages.last else 0,
     }

@@ -52,8 +52,9 @@ class Memory:
 
 def fullest(processes: Sequence[Memory]) -> Memory:
     """Of these learners, the one that takes most where it computes, with the most that any has on the host."""
+    most = max(processes, key=lambda each: each.learner)
     host = max((each.host for each in processes), key=lambda parts: sum(parts.values()))
-    return replace(max(processes, key=lambda each: each.learner), host=host)
+    return replace(most, host=host) if host else most
 
 
 def several(count: int, noun: str) -> str:

@@ -308,7 +308,7 @@ class Search:
 
     def _here(self, memory: Memory) -> Memory:
         """Where the device is the host, what waits in host memory is there as well."""
-        if self.plan.rates.host_memory:
+        if self.plan.rates.host_memory or not memory.host:
             return memory
         return replace(memory, lasting=memory.lasting | memory.host, host={})
 
