@@ -245,8 +245,9 @@ def test_a_pair_on_a_gpu_shares_its_memory(tmp_path):
 
 
 def test_a_killed_driver_leaves_nothing_and_a_killed_learner_a_checkpoint(tmp_path):
-    """Both times the same command goes on, and the end is that of a run that was never touched."""
-    changes = SMALL | {"steps": 20, "learner": LEARNER, "checkpoint": {"every": 1}, "eval": {"every": None}}
+    """Both times the same command goes on from before the first step, for no other checkpoint is there yet, and the end
+    is that of a run that was never touched."""
+    changes = SMALL | {"steps": 20, "learner": LEARNER, "checkpoint": {"every": 20}, "eval": {"every": None}}
     whole, part = tmp_path / "whole", tmp_path / "part"
     run_in(whole, **changes)
     part.mkdir()
@@ -276,14 +277,16 @@ def test_a_killed_driver_leaves_nothing_and_a_killed_learner_a_checkpoint(tmp_pa
     wait_until("all processes are gone", lambda: not alive(processes[1:]), 30)
     wait_until("and the weights in shared memory", lambda: not left.exists(), 30)
 
+    before = pids(part / "run", "learner")
     driver = start("train", path)
-    wait_until("four steps are done", done(4))
+    again = lambda: len(pids(part / "run", "learner")) > len(before) and done(4)()  # noqa: E731
+    wait_until("four steps are done again", again)
     end(pids(part / "run", "learner")[-1])
     _, errors = driver.communicate(timeout=60)
     assert driver.returncode not in (0, None)
     assert re.search(r"learner 0 \(node \w+ at [\d.]+, pid \d+\) died during", errors), errors
     assert "goes on from its last checkpoint" in " ".join(errors.split())
-    assert newest(part / "run" / "checkpoints", strict=True) is not None
+    assert newest(part / "run" / "checkpoints", strict=True).name == "step_00000000"
 
     assert run_in(part, **changes, placement={"kind": "apart", **RAY}) == trajectory(whole / "run")
     for name, tensor in weights(whole).items():

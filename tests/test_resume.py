@@ -108,6 +108,21 @@ def test_resume_refuses_another_configuration_unless_told(adding_folder, make_ru
     assert [row["step"] for row in trajectory(run)] == [0, 1, 2]
 
 
+def test_a_run_that_goes_on_with_another_reward_says_so(adding_folder, make_run, quiet, tmp_path, caplog):
+    own = tmp_path / "own.py"
+    own.write_text("def score(answer):\n    return len(answer)\n")
+    reward = {"functions": [{"name": f"{own}:score"}, digits()]}
+    for steps, warned in (1, False), (2, False), (3, True):
+        if warned:
+            own.write_text(own.read_text().replace("len(answer)", "-len(answer)"))
+        caplog.clear()
+        train(make_run(adding_folder, steps=steps, reward=reward), quiet)
+        said = [record.getMessage() for record in caplog.records if "the file of" in record.getMessage()]
+        assert len(said) == warned and all(
+            f"the file of {own}:score is not as it was" in text for text in said
+        )
+
+
 def test_allowed_changes_are_what_the_run_goes_on_with(adding_folder, make_run, quiet, monkeypatch):
     """A fixed KL coefficient and the optimizer's settings are the configuration's, not the checkpoint's."""
     decay = lambda share: {"optimizer": {"weight_decay": share, "betas": (0.9, 1 - share)}}  # noqa: E731

@@ -370,7 +370,7 @@ class Checkpoint(Section):
     """When the run's state is saved, and how much of it is kept."""
 
     every: int | None = Field(50, gt=0)
-    """Steps between checkpoints; null for only the last."""
+    """Steps between checkpoints; null for only the last. Under Ray one before the first step comes on top."""
     keep: int = Field(2, ge=1)
     """Checkpoints that are kept; older ones go after a newer one was verified."""
 

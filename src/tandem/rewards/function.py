@@ -1,6 +1,7 @@
 """Reward functions by name: whether they exist and can be filled, found out before anything slow."""
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -80,6 +81,15 @@ def locate(name: str, args: Mapping[str, Any]) -> str:
     if not all(part.isidentifier() for part in place.split(".")):
         raise ConfigError(f"reward function {name!r}: {place!r} is neither a module nor a .py file")
     return name
+
+
+def digest(located: str) -> str | None:
+    """Of the file that a function comes from; None of a built-in and of a module."""
+    place, _, _ = located.rpartition(":")
+    if not place.endswith(".py"):
+        return None
+    with Path(place).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _unknown(name: str) -> str:

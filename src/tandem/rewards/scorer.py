@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +14,13 @@ from tandem.config.reward import OVERLONG, Reward
 from tandem.errors import SamplingError
 from tandem.rewards.answer import Answer
 from tandem.rewards.channel import HEADER
-from tandem.rewards.function import locate
+from tandem.rewards.function import digest, locate
 from tandem.rewards.pool import Pool
 from tandem.rewards.process import Task
 from tandem.rewards.range import fits
 from tandem.types import Score, ScoredBy
+
+logger = logging.getLogger("tandem.rewards")
 
 ASYNC_GRACE_S = 1.0
 """An async function is stopped at the deadline by its event loop; one that blocks is killed so much later."""
@@ -67,11 +70,23 @@ class Scorer:
         functions = [
             {"name": f.name, "located": locate(f.name, f.args), "args": f.args} for f in config.functions
         ]
+        self.digests = {f["name"]: digest(f["located"]) for f in functions}
+        """What the files of the functions said when the run began, by name."""
         setup = {"functions": functions, "memory_mb": config.memory_mb, "timeout_s": config.timeout_s}
         self._numbers = itertools.count()
         self._pool = Pool(setup, config.workers)
         # Workers die with the thread that starts them, so it is one for all calls.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scoring")
+
+    def compare(self, digests: Mapping[str, str | None]) -> None:
+        """Warn of functions that were others when a run that goes on was saved."""
+        for name, before in digests.items():
+            if name in self.digests and self.digests[name] != before:
+                logger.warning(
+                    "reward.functions: the file of %s is not as it was when the checkpoint was saved; the steps from "
+                    "here on are scored by what it says now. Restore the file if that is not meant",
+                    name,
+                )
 
     def ready(self) -> None:
         """Wait until the functions are imported; ConfigError if one cannot be."""

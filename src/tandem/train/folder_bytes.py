@@ -17,7 +17,7 @@ def folder_bytes(run: Run, shape: Shape, longest_prompt: int, critic_bytes: int 
     if keeps_reference(run):
         one += shape.parameters * word
     every = run.checkpoint.every
-    saves = 1 if every is None else max(1, -(-run.steps // every))
+    saves = 1 if every is None else max(1, -(-run.steps // every)) + (run.placement.kind != "inline")
     copies = min(run.checkpoint.keep + 1, saves)
     return {
         f"{copies} checkpoint{'s' * (copies > 1)}": copies * one,

@@ -66,6 +66,9 @@ class Session:
     def before(self, step: int) -> None:
         self.boundary = self._boundary(step)
         self.interruption.check()
+        if step == 0 and self.run.placement.kind != "inline" and self.run.checkpoint.every is not None:
+            # Processes that may be lost have a checkpoint behind them from the start, the warm-up in it.
+            self.save()
         self._figures = self._evaluate(step)
         if step == self.run.steps and self._figures:
             self.journal.log(step, self._figures)
