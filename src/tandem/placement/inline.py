@@ -188,7 +188,6 @@ def state(roles: Roles) -> Mapping[str, Any]:
         **roles.actor.counters(),
         "critic": None if roles.critic is None else roles.critic.counters(),
         "failure_watch": roles.stream.watch.state(),
-        "rewards": roles.sampler.scorer.digests,
     }
 
 
@@ -201,5 +200,4 @@ def restore(roles: Roles, saved: Mapping[str, Any], version: int) -> None:
     if roles.critic is not None:
         roles.critic.restore_counters(saved["critic"])
     roles.stream.watch.restore(saved["failure_watch"])
-    roles.sampler.scorer.compare(saved.get("rewards", {}))
     roles.serve(version)

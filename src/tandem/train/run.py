@@ -135,13 +135,13 @@ def prepare(run: Run, launch: Launch, stack: ExitStack, interruption: Interrupti
             warmed = warm_up(run, model, prompts, journal, interruption)
     roles = stack.enter_context(closing(ROLES[run.placement.kind](run, model, prompts, scorer, reference)))
     if resume is not None:
-        snapshot.restore(resume, roles, prompts.fingerprint)
+        snapshot.restore(resume, roles, prompts.fingerprint, scorer)
         begin(run, journal, step, resumes=True)
         console.print(
             f"going on from {resume}, {step} of {run.steps} steps done", highlight=False, markup=False
         )
     timer = Timer(lambda: synchronize(device))
-    return Session(run, roles, prompts, held_out, journal, timer, interruption, step, warmed)
+    return Session(run, roles, prompts, scorer, held_out, journal, timer, interruption, step, warmed)
 
 
 def begin(run: Run, journal: Journal, step: int, resumes: bool) -> None:

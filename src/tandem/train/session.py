@@ -15,6 +15,7 @@ from tandem.journal import Journal, Timer, throughput
 from tandem.learner import Actor, Reference
 from tandem.placement import inline
 from tandem.placement.inline import Roles
+from tandem.rewards.scorer import Scorer
 from tandem.train import snapshot
 from tandem.train.evaluation import Evaluation, evaluate
 from tandem.train.interrupt import Interruption
@@ -33,6 +34,7 @@ class Session:
         run: Run,
         roles: Roles,
         prompts: PromptSet,
+        scorer: Scorer,
         held_out: list[Prompt],
         journal: Journal,
         timer: Timer,
@@ -40,7 +42,8 @@ class Session:
         start: int,
         warmup_seconds: float,
     ) -> None:
-        self.run, self.roles, self.prompts, self.held_out = run, roles, prompts, held_out
+        self.run, self.roles, self.held_out = run, roles, held_out
+        self.prompts, self.scorer = prompts, scorer
         self.journal, self.timer, self.interruption = journal, timer, interruption
         self.warmup_seconds = warmup_seconds
         self.checkpoints = Path(run.run_dir) / "checkpoints"
@@ -119,7 +122,12 @@ class Session:
         self._saved = self.boundary.step
 
     def _boundary(self, step: int) -> Boundary:
-        return Boundary(step=step, roles=inline.state(self.roles), data=self.prompts.fingerprint)
+        return Boundary(
+            step=step,
+            roles=inline.state(self.roles),
+            data=self.prompts.fingerprint,
+            rewards=self.scorer.digests,
+        )
 
     def _evaluate(self, step: int) -> dict[str, float]:
         every = self.run.eval.every

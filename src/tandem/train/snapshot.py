@@ -26,6 +26,7 @@ from tandem.learner import Actor, Pupil, Reference
 from tandem.model.parallel.model import ShardedModel
 from tandem.placement import inline
 from tandem.placement.inline import Roles
+from tandem.rewards.scorer import Scorer
 from tandem.train.ahead import read_ahead, write_ahead
 
 MODEL, REFERENCE, SHARDED, CRITIC = "model", "reference", "sharded", "critic"
@@ -44,6 +45,8 @@ class Boundary:
     """`inline.state` at that place."""
     data: str
     """Fingerprint of the prompts."""
+    rewards: Mapping[str, str | None]
+    """`Scorer.digests`."""
 
 
 def write(folder: Path, run: Run, roles: Roles, boundary: Boundary) -> None:
@@ -55,7 +58,7 @@ def write(folder: Path, run: Run, roles: Roles, boundary: Boundary) -> None:
     if stream["ahead"]:
         write_ahead(folder / AHEAD, stream.pop("ahead"))
     small = {**boundary.roles, "stream": stream}
-    state = {"step": boundary.step, "roles": small, "data": boundary.data}
+    state = {"step": boundary.step, "roles": small, "data": boundary.data, "rewards": boundary.rewards}
     write_json(folder / "state.json", {**state, **learned})
     (folder / "config.yaml").write_text(dump(run), encoding="utf-8")
 
@@ -87,7 +90,7 @@ def write_pupil(pupil: Pupil, folder: Path) -> dict[str, Any]:
     return figures
 
 
-def restore(folder: Path, roles: Roles, data: str) -> int:
+def restore(folder: Path, roles: Roles, data: str, scorer: Scorer) -> int:
     """Bring freshly built roles to the place of a checkpoint; returns the step."""
     state = read_json(folder / "state.json")
     if state["data"] != data:
@@ -95,6 +98,7 @@ def restore(folder: Path, roles: Roles, data: str) -> int:
             f"{folder}: the questions of data.train changed since this checkpoint, so its place in them means nothing; "
             "restore the file, or start anew with --fresh"
         )
+    scorer.compare(state.get("rewards", {}))
     if roles.critic is not None:
         if "critic_optimizer" not in state:
             raise RunError(
