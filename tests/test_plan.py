@@ -162,12 +162,21 @@ def test_layouts_are_those_that_the_trainer_allows(world, config: PreTrainedConf
     assert wanted == {axes for axes in found if axes.replicate == axes.pipeline == 1}
 
 
+def layouts_s() -> float:
+    """How fast this CPU is at Python: its seconds for a million layouts."""
+    began = time.process_time()
+    for _ in range(100_000):
+        Axes(tensor=2, shard=4)
+    return 10 * (time.process_time() - began)
+
+
 @pytest.mark.parametrize(("name", "device", "count"), [("dense", "h200", 8192), ("mixture", "h100", 512)])
 def test_thousands_of_devices_are_planned_in_seconds_from_a_config_alone(tmp_path, name, device, count):
     run = large(tmp_path, name)
-    began = time.process_time()
+    before, began = layouts_s(), time.process_time()
     made = planned(run, device, count)
-    assert time.process_time() - began < 60
+    seconds = time.process_time() - began
+    assert seconds < 8 * max(before, layouts_s()), "20 s where a layout takes 2.5 microseconds to make"
     assert made.fitting + made.missed == made.tried > 500
     assert [o.step_s for o in made.offers] == sorted(o.step_s for o in made.offers)
     for offer in made.offers:
