@@ -17,6 +17,7 @@ from tandem.config.sections import Optimizer as OptimizerConfig
 from tandem.errors import RunError
 from tandem.model import LanguageModel, token_logprobs, token_values
 from tandem.model.finite import check_updated
+from tandem.model.kept import Kept
 from tandem.model.parallel.mesh import local
 from tandem.optimizer import Optimizer
 from tandem.types import Batch, BatchT, Experience, take, to_device
@@ -136,7 +137,7 @@ class Role:
         )
         return [rows[pack] for pack in micro_batches(length_B, self.run.learner, prompt_length_B, group_B)]
 
-    def _token_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _token_logprobs(self, batch: Batch, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
         return token_logprobs(
             self.model,
             batch.tokens_BT,
@@ -148,6 +149,7 @@ class Role:
             logits_bytes=self.run.learner.logits_mb * MIB,
             entropy_gradient=self.run.algorithm.entropy > 0,
             attention=self.run.learner.attention,
+            kept=kept,
         )
 
 
@@ -275,8 +277,12 @@ class Actor(Pupil, Policy):
 
     key = "learner"
 
-    def __init__(self, model: LanguageModel, run: Run, *, offload_gradients: bool = False) -> None:
+    def __init__(
+        self, model: LanguageModel, run: Run, *, offload_gradients: bool = False, kept: Kept | None = None
+    ) -> None:
         super().__init__(model, run, run.learner.optimizer, offload_gradients)
+        self.kept = kept
+        """What sampling made of the answers of a step, until the first update."""
 
     def update(self, parts: Sequence[Experience], kl_coef: float) -> dict[str, float]:
         """One optimizer update per part. Parts without signal and non-finite ones change nothing at all."""
@@ -284,17 +290,24 @@ class Actor(Pupil, Policy):
         totals, done = self._learn(
             parts, lambda part: live_rows(part, algorithm), lambda part: self._accumulate(part, kl_coef)
         )
+        self._forget()
         norm = done.pop("grad_norm")
         figures = {f"actor/{name}": value for name, value in done.items()}
         return {**means(totals, int(done["updates"])), "grad_norm": norm, **figures}
 
     def _accumulate(self, part: Experience, kl_coef: float) -> dict[str, float]:
         def loss(piece: Experience) -> tuple[Tensor, dict[str, Tensor]]:
-            logp_BT, entropy_BT = self._token_logprobs(piece)
+            logp_BT, entropy_BT = self._token_logprobs(piece, self.kept)
             return policy_loss(logp_BT, entropy_BT, piece, self.run.algorithm, kl_coef)
 
         self._begin_dropout()
-        return self._backward(part, loss)
+        sums = self._backward(part, loss)
+        self._forget()
+        return sums
+
+    def _forget(self) -> None:
+        if self.kept is not None:
+            self.kept.forget()
 
     def _begin_dropout(self) -> None:
         """What an update drops follows from its number and the process, so a run that goes on drops the same: of all

@@ -46,6 +46,8 @@ class Request:
     """The answer so far: what is sampled comes after it, from the present weights alone."""
     version: int = 0
     """Of the weights that it is asked of."""
+    keep: bool = False
+    """Whether an update with these weights follows, which can use what is computed for the answer."""
 
 
 class Answers:

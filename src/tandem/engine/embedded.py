@@ -15,12 +15,14 @@ from torch import Tensor
 from tandem.device import captures, free_bytes, give_back
 from tandem.engine.answers import Answers, Completion, Pause, Request
 from tandem.engine.cache import Begun, Prefill, Room, Slots
+from tandem.engine.lines import Lines, lines_for
 from tandem.engine.sampling import SamplingParams
 from tandem.engine.steps import CapturedSteps, Steps
 from tandem.engine.text import has_stop_text
 from tandem.errors import RunError
 from tandem.model import LanguageModel
 from tandem.model.fused import Forward, sampling_forward
+from tandem.model.kept import Kept
 
 Prompt = tuple[int, ...]
 Poll = Callable[[int, int], None]
@@ -31,8 +33,10 @@ OnDone = Callable[[int, Completion], None]
 class EmbeddedEngine:
     """Tokens in, tokens out, in this process."""
 
-    def __init__(self, model: LanguageModel, slots: int, tokens_per_prefill: int = 8192) -> None:
-        self.model = model
+    def __init__(
+        self, model: LanguageModel, slots: int, tokens_per_prefill: int = 8192, kept: Kept | None = None
+    ) -> None:
+        self.model, self.kept = model, kept
         self.slots = slots
         self.tokens_per_prefill = tokens_per_prefill
         self._held: _Held | None = None
@@ -51,25 +55,29 @@ class EmbeddedEngine:
 
         `poll(answers done, tokens so far)` is called between tokens and may raise to abandon the work, or `Pause`;
         `on_done(index, completion)` sees each answer as soon as it is done, `on_token(index, token)` each token as it
-        is chosen.
+        is chosen. What the layers make of requests that are to be kept goes into the engine's `kept`.
         """
         if not requests:
             return []
         self.model.module.eval()
         room = room_for(requests, params, self.slots, self.model.max_positions)
-        return _Decode(self, requests, self._steps(room, params), on_done, on_token).run(poll)
+        lines = lines_for(requests, params, self.kept)
+        steps = self._steps(room, params, self.kept if lines.kept else None)
+        return _Decode(self, requests, steps, lines, on_done, on_token).run(poll)
 
     def release(self) -> None:
         """Give back the memory held for the next call; on the CPU none is held."""
         self._held = None
         give_back(self.model.device)
 
-    def _steps(self, room: Room, params: SamplingParams) -> Steps:
+    def _steps(self, room: Room, params: SamplingParams, kept: Kept | None) -> Steps:
         """With a cache that holds `room`; captured steps are kept for calls that sample alike."""
         model, stop_tokens = self.model, self.model.stop_tokens | params.stop_tokens
         if not captures(model.device):
             room = fitting(room, model)
-            return Steps(forward(room, model), cache(room, model), answers(room, params, stop_tokens, model))
+            return Steps(
+                forward(room, model, kept), cache(room, model), answers(room, params, stop_tokens, model)
+            )
         if self._held is None or room.joined(self._held.wanted) != self._held.wanted:
             wanted = room if self._held is None else room.joined(self._held.wanted)
             self.release()  # before the larger one is made
@@ -92,8 +100,8 @@ class _Held:
     steps: dict[tuple[SamplingParams, frozenset[int]], Steps] = field(default_factory=dict)
 
 
-def forward(room: Room, model: LanguageModel) -> Forward:
-    return sampling_forward(model, room.prompt_columns + room.answer_columns, room.slots)
+def forward(room: Room, model: LanguageModel, kept: Kept | None = None) -> Forward:
+    return sampling_forward(model, room.prompt_columns + room.answer_columns, room.slots, kept)
 
 
 def cache(room: Room, model: LanguageModel) -> Slots:
@@ -169,9 +177,11 @@ class _Decode:
         engine: EmbeddedEngine,
         requests: Sequence[Request],
         steps: Steps,
+        lines: Lines,
         on_done: OnDone,
         on_token: OnToken | None,
     ) -> None:
+        self.lines = lines
         self.model, self.steps, self.on_done, self.on_token = engine.model, steps, on_done, on_token
         self.slots, self.answers, self.params = steps.slots, steps.answers, steps.answers.params
         self.tokens_per_prefill = engine.tokens_per_prefill
@@ -200,6 +210,7 @@ class _Decode:
                 if self.rows:
                     self._step()
             self._look()
+        self.lines.finish(self.done)
         return [c for c in self.done if c is not None]
 
     def _pause(self) -> None:
@@ -294,7 +305,9 @@ class _Decode:
         self.slots.prompt_length_P[lane_P] = length_P
         layout = Prefill(length_P, self.slots, lane_P)
         line_N = torch.tensor([t for p in prompts for t in p], device=device)
+        self.lines.prompts(prompts)
         hidden_NH = self.steps.forward.hidden(line_N, layout.position_N, layout)
+        self.lines.narrow(layout.end_B - 1)
         logits_PV = self.steps.forward.logits(hidden_NH[layout.end_B - 1])
         self.first_logits.update(zip(prompts, logits_PV))
         self.lanes += prompts
@@ -305,6 +318,7 @@ class _Decode:
         return min(self.clock - oldest + 1, self.slots.room.answer_columns)
 
     def _step(self) -> None:
+        self.lines.step([row.index for row in self.rows])
         self.steps.take(self._columns())
         self.clock += 1
         self.tokens += len(self.rows) - sum(self.done_B)

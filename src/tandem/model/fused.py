@@ -13,6 +13,7 @@ from torch.nn.functional import rms_norm
 from transformers import LlamaModel, Qwen2Model, Qwen3Model
 
 from tandem.model.attention import Layout
+from tandem.model.kept import Kept, Table
 from tandem.model.language_model import LanguageModel
 from tandem.model.product import Linear, added, gated, laid_out, product
 
@@ -33,23 +34,53 @@ class Forward(Protocol):
         ...
 
 
-def sampling_forward(model: LanguageModel, positions: int, rows: int) -> Forward:
+def sampling_forward(model: LanguageModel, positions: int, rows: int, kept: Kept | None = None) -> Forward:
     """The fastest forward without gradient for rows of at most `positions` tokens, about so many at once; the model's
-    own if unknown. On a CPU it may see no change of the weights that comes later."""
+    own if unknown. On a CPU it may see no change of the weights that comes later. With `kept`, of the same model, it
+    puts there what its layers make."""
+    return Fused(model, positions, rows, kept) if is_known(model) else model
+
+
+def is_known(model: LanguageModel) -> bool:
+    """Whether its decoder is one that is written out here."""
     decoder = model.decoder
-    if not isinstance(decoder, FUSED) or decoder.rotary_emb.rope_type not in ROTATIONS:
-        return model
-    return Fused(model, positions, rows)
+    return isinstance(decoder, FUSED) and decoder.rotary_emb.rope_type in ROTATIONS
+
+
+def kept_of(model: LanguageModel, limit: int) -> Kept | None:
+    """Room for so many bytes of what the model's layers make, where `sampling_forward` can keep it and training be
+    given it: None for other decoders and devices, for short types and adapters."""
+    if not is_known(model) or model.device.type != "cpu" or model.network.dtype != torch.float32:
+        return None
+    groups = [group for layer in model.decoder.layers for group in _inputs(layer)]
+    if not all(is_plain(layer) for group in groups for layer in group):
+        return None
+    tables = [Table(group) for group in groups]
+    if joins(model.head):
+        tables.append(Table([model.head], head=True))
+    return Kept(tables, limit)
+
+
+def _inputs(layer: nn.Module) -> list[list[nn.Module]]:
+    """The linear layers of one of a decoder's, those that read the same input together."""
+    attn, mlp = layer.self_attn, layer.mlp
+    return [
+        [attn.q_proj, attn.k_proj, attn.v_proj],
+        [attn.o_proj],
+        [mlp.gate_proj],
+        [mlp.up_proj],
+        [mlp.down_proj],
+    ]
 
 
 class Fused:
     """A decoder's layers with joined projections; adapters run as they are."""
 
-    def __init__(self, model: LanguageModel, positions: int, rows: int) -> None:
-        self.model, self.decoder = model, model.decoder
+    def __init__(self, model: LanguageModel, positions: int, rows: int, kept: Kept | None = None) -> None:
+        self.model, self.decoder, self.kept = model, model.decoder, kept
         decoder = self.decoder
         head_norms, silu = isinstance(decoder, Qwen3Model), decoder.config.hidden_act in ("silu", "swish")
-        self.layers = [_Layer(layer, head_norms, silu, rows) for layer in decoder.layers]
+        self.layers = [_Layer(layer, head_norms, silu, rows, kept) for layer in decoder.layers]
         self.head = laid_out(model.head.weight, rows) if joins(model.head) else None
         embedding = decoder.embed_tokens.weight
         place_T = torch.arange(positions, device=embedding.device)
@@ -69,18 +100,23 @@ class Fused:
         return norm(self.decoder.norm, hidden_NH)
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        return self.model.logits(hidden_NH) if self.head is None else product(hidden_NH, self.head)
+        logits_NV = self.model.logits(hidden_NH) if self.head is None else product(hidden_NH, self.head)
+        if self.kept is not None:
+            self.kept.put(self.model.head, logits_NV)
+        return logits_NV
 
 
 class _Layer:
-    def __init__(self, layer: nn.Module, head_norms: bool, silu: bool, rows: int) -> None:
+    def __init__(self, layer: nn.Module, head_norms: bool, silu: bool, rows: int, kept: Kept | None) -> None:
         self.layer, self.attn, self.mlp = layer, layer.self_attn, layer.mlp
-        self.into_heads = _Joined([self.attn.q_proj, self.attn.k_proj, self.attn.v_proj], rows)
-        self.out, self.down = _Onto(self.attn.o_proj, rows), _Onto(self.mlp.down_proj, rows)
+        self.into_heads = _Joined([self.attn.q_proj, self.attn.k_proj, self.attn.v_proj], rows, kept)
+        self.out, self.down = _Onto(self.attn.o_proj, rows, kept), _Onto(self.mlp.down_proj, rows, kept)
         gate, up = self.mlp.gate_proj, self.mlp.up_proj
-        self.joins_gate = joins(gate) and joins(up) and silu
-        if self.joins_gate:
+        self.gates = kept is None and joins(gate) and joins(up) and silu
+        if self.gates:
             self.gate, self.up = laid_out(gate.weight, rows), laid_out(up.weight, rows)
+        else:
+            self.into_gate, self.into_up = (_Joined([gate], rows, kept), _Joined([up], rows, kept))
         self.dim = self.attn.head_dim
         self.key_heads = self.into_heads.sizes[1] // self.dim
         self.query_heads = self.into_heads.sizes[0] // self.dim
@@ -102,18 +138,18 @@ class _Layer:
 
     def feed_forward(self, x_NH: Tensor) -> Tensor:
         normed_NH = norm(self.layer.post_attention_layernorm, x_NH)
-        if self.joins_gate:
+        if self.gates:
             inner_NF = gated(normed_NH, self.gate, self.up)
         else:
-            inner_NF = self.mlp.act_fn(self.mlp.gate_proj(normed_NH)) * self.mlp.up_proj(normed_NH)
+            inner_NF = self.mlp.act_fn(self.into_gate(normed_NH)) * self.into_up(normed_NH)
         return self.down(x_NH, inner_NF)
 
 
 class _Joined:
     """Linear layers that read the same input, as one product where all of them are plain."""
 
-    def __init__(self, layers: list[nn.Module], rows: int) -> None:
-        self.layers = layers
+    def __init__(self, layers: list[nn.Module], rows: int, kept: Kept | None) -> None:
+        self.layers, self.kept = layers, kept
         self.sizes = [int(layer.out_features) for layer in layers]
         self.plain = all(map(is_plain, layers))
         if self.plain:
@@ -121,22 +157,28 @@ class _Joined:
             self.bias = None if layers[0].bias is None else joined([layer.bias for layer in layers])
 
     def __call__(self, x_NH: Tensor) -> Tensor:
-        if self.plain:
-            return product(x_NH, self.weight, self.bias)
-        return torch.cat([layer(x_NH) for layer in self.layers], dim=-1)
+        if not self.plain:
+            return torch.cat([layer(x_NH) for layer in self.layers], dim=-1)
+        y_NO = product(x_NH, self.weight, self.bias)
+        if self.kept is not None:
+            self.kept.put(self.layers[0], y_NO)
+        return y_NO
 
 
 class _Onto:
     """residual + layer(x)"""
 
-    def __init__(self, layer: nn.Module, rows: int) -> None:
-        self.layer = layer
+    def __init__(self, layer: nn.Module, rows: int, kept: Kept | None) -> None:
+        self.layer, self.kept = layer, kept
         self.weight = laid_out(layer.weight, rows) if joins(layer) else None
 
     def __call__(self, residual_NH: Tensor, x_NF: Tensor) -> Tensor:
-        if self.weight is None:
-            return residual_NH + self.layer(x_NF)
-        return added(residual_NH, x_NF, self.weight)
+        if self.weight is not None and self.kept is None:
+            return added(residual_NH, x_NF, self.weight)
+        y_NH = self.layer(x_NF) if self.weight is None else product(x_NF, self.weight)
+        if self.kept is not None:
+            self.kept.put(self.layer, y_NH)
+        return residual_NH + y_NH
 
 
 def joined(parameters: list[nn.Parameter]) -> Tensor:

@@ -1,6 +1,7 @@
 """Log-probabilities of sampled tokens: the only place that knows that logits at t-1 predict token t."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tandem.model.attention import Branches, Rows
 from tandem.model.flex import Documents, arranged
+from tandem.model.kept import Kept
 from tandem.model.language_model import LanguageModel
 
 
@@ -23,17 +25,19 @@ def token_logprobs(
     logits_bytes: int,
     entropy_gradient: bool = False,
     attention: str = "padded",
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`logp_BT` and `entropy_BT` (nats) at the masked tokens, 0 elsewhere, of softmax(logits / temperature).
 
     The entropy is a figure for the journal unless `entropy_gradient` says that a loss depends on it.
     Rows of one group share their first `prompt_length_B` tokens; given both, each prompt is computed once.
     The output head runs only where a masked token is predicted; above `logits_bytes` of logits it runs in chunks
-    whose logits are computed again in the backward pass.
+    whose logits are computed again in the backward pass. What sampling has `kept` of the rows is not computed again.
     """
     assert not mask_BT[:, 0].any(), "the first token of a row has no prediction"
     layout = arranged(attention, length_B, prompt_length_B, group_B)
     line_N, masked_N = layout.line(tokens_BT), layout.line(mask_BT)
+    at_M, size = layout.previous_N[masked_N], max(1, logits_bytes // (4 * model.logits_width))
 
     def head(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         logits_MV = model.logits(hidden)
@@ -42,7 +46,6 @@ def token_logprobs(
         return model.chosen_logprobs(logits_MV, chosen, entropy_gradient)
 
     def heads(hidden_MH: Tensor, chosen_M: Tensor) -> tuple[Tensor, ...]:
-        size = max(1, logits_bytes // (4 * model.logits_width))
         if len(chosen_M) <= size:
             return head(hidden_MH, chosen_M)
         parts = [
@@ -51,7 +54,9 @@ def token_logprobs(
         ]
         return tuple(torch.cat(column) for column in zip(*parts))
 
-    logp_M, entropy_M = model.at(line_N, layout, layout.previous_N[masked_N], heads, line_N[masked_N])
+    whole_M = at_M if len(at_M) <= size else None
+    with nullcontext() if kept is None else kept.given(tokens_BT, length_B, layout, whole_M):
+        logp_M, entropy_M = model.at(line_N, layout, at_M, heads, line_N[masked_N])
     empty_BT = torch.zeros(tokens_BT.shape, device=tokens_BT.device)
     return empty_BT.masked_scatter(mask_BT, logp_M), empty_BT.masked_scatter(mask_BT, entropy_M)
 

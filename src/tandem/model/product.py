@@ -22,34 +22,43 @@ FEW = 8
 
 
 class Product(torch.autograd.Function):
-    """x weight' + bias, and its gradients, by oneDNN."""
+    """x weight' + bias, or what is known of it already, and its gradients; by oneDNN where that is faster."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, known: Tensor | None = None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
-        return _onednn(x, weight_OI, bias_O)
+        return _onednn(x, weight_OI, bias_O) if known is None else known.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_OI = ctx.saved_tensors
         dx = dweight_OI = dbias_O = None
         dy_NO, x_NI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        quick = _quick(x, weight_OI)
+        times = _onednn if quick else linear
         if ctx.needs_input_grad[0]:
-            dx = _onednn(dy_NO, weight_OI.t()).view(x.shape)
+            dx = times(dy_NO, weight_OI.t()).view(x.shape)
         if ctx.needs_input_grad[1]:
-            # The kernel is faster the wider its second factor.
-            wide = len(weight_OI) > weight_OI.shape[1]
-            dweight_OI = _onednn(x_NI.t(), dy_NO.t()).t() if wide else _onednn(dy_NO.t(), x_NI.t())
+            # oneDNN's kernel is faster the wider its second factor.
+            wide = quick and len(weight_OI) > weight_OI.shape[1]
+            dweight_OI = times(x_NI.t(), dy_NO.t()).t() if wide else times(dy_NO.t(), x_NI.t())
         if ctx.needs_input_grad[2]:
             dbias_O = dy_NO.sum(0)
-        return dx, dweight_OI, dbias_O
+        return dx, dweight_OI, dbias_O, None
 
 
 class Linear(nn.Linear):
     """As `torch.nn.Linear`, with the faster product where there is one."""
 
+    given: Tensor | None = None
+    """[N, out] What it makes of the input to come, where that is known: it is not computed again."""
+
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.bias)
+        if self.given is None:
+            return product(x, self.weight, self.bias)
+        return Product.apply(x, self.weight, self.bias, self.given)
 
 
 def quicken(network: nn.Module) -> None:
@@ -77,7 +86,7 @@ def product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tenso
     if not _quick(x, weight_OI):
         return linear(x, weight_OI, bias_O)
     if torch.is_grad_enabled():
-        return Product.apply(x, weight_OI, bias_O)
+        return Product.apply(x, weight_OI, bias_O, None)
     return _onednn(x, weight_OI, bias_O)
 
 

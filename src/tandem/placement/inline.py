@@ -18,9 +18,10 @@ from tandem.data.template import Renderer, check_stop_tokens, split_stops
 from tandem.device import captures, describe
 from tandem.engine import EmbeddedEngine, SamplingParams
 from tandem.errors import ConfigError
-from tandem.learner import Actor, Critic, Reference
+from tandem.learner import MIB, Actor, Critic, Reference
 from tandem.model import LanguageModel, load_frozen
 from tandem.model.compiled import compile_blocks
+from tandem.model.fused import kept_of
 from tandem.model.load import REFERENCE_KEY, check_reference
 from tandem.model.value import load_reward_model, load_value, value_like
 from tandem.placement.copied import CopiedEngine, vllm_beside
@@ -90,12 +91,13 @@ def build(
     if run.learner.compile:
         compile_blocks(model)
     params = sampling_params(run, prompts.template, model.tokenizer)
-    actor, judge = Actor(model, run), reward_model_of(run, model)
+    kept = kept_of(model, run.learner.keep_mb * MIB) if keeps(run) else None
+    actor, judge = Actor(model, run, kept=kept), reward_model_of(run, model)
     reference = reference_of(run, model, reference_folder) if run.needs_reference else None
     critic = critic_of(run, model) if run.needs_critic else None
     # Last: whatever fails before it leaves nothing of it behind.
     copied = vllm_beside(run, model, params) if run.engine.kind == "vllm" else None
-    engine = copied or EmbeddedEngine(model, run.sampling.slots, run.learner.room())
+    engine = copied or EmbeddedEngine(model, run.sampling.slots, run.learner.room(), kept)
     ends = model.stop_tokens | params.stop_tokens
     sampler = Sampler(engine, scorer, model.tokenizer, run, params, ends, judge)
     kl = run.algorithm.kl
@@ -113,6 +115,13 @@ def build(
         kl=KlController(kl.coef, kl.target, kl.horizon),
         copy=copied,
     )
+
+
+def keeps(run: Run) -> bool:
+    """Whether the update can be given what sampling computed: with the very weights, by the plain forward pass."""
+    learner = run.learner
+    plain = not (learner.compile or learner.checkpointing)
+    return plain and run.engine.kind == "embedded" and not run.sampling.max_lag and learner.keep_mb > 0
 
 
 def sampling_params(run: Run, template: Renderer, tokenizer: PreTrainedTokenizerBase) -> SamplingParams:

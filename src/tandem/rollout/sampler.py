@@ -137,6 +137,7 @@ class Sampler:
                 tokens=prompt.tokens,
                 key=key(self.run.seed, domain, serial, prompt.id, i),
                 version=self.version,
+                keep=domain == TRAIN,
             )
             for prompt, serial in zip(prompts, serials)
             for i in range(answers)

@@ -1,0 +1,61 @@
+"""Which lines of `Kept` belong to which answers of a call of `generate`."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tandem.engine.answers import Completion, Request
+from tandem.engine.sampling import SamplingParams
+from tandem.model.kept import Kept
+
+Prompt = tuple[int, ...]
+
+
+class Lines:
+    """Told what is computed next, it says where that is kept; with `kept` None it does nothing."""
+
+    def __init__(self, kept: Kept | None, requests: Sequence[Request]) -> None:
+        self.kept, self._requests = kept, requests
+        self._of_prompt: dict[Prompt, range] = {}
+        self._of_answer: list[list[int]] = [[] for _ in requests]
+
+    def prompts(self, prompts: Sequence[Prompt]) -> None:
+        """These prompts are computed, one behind the other."""
+        first = None if self.kept is None else self.kept.begin(sum(map(len, prompts)))
+        if first is None:
+            return
+        for prompt in prompts:
+            self._of_prompt[prompt] = range(first, first := first + len(prompt))
+
+    def narrow(self, index_M: Tensor) -> None:
+        """Of what is computed, the output head sees these alone."""
+        if self.kept is not None:
+            self.kept.narrow(index_M)
+
+    def step(self, indices: Sequence[int]) -> None:
+        """One more token is computed of the answers to the requests of these numbers."""
+        first = None if self.kept is None else self.kept.begin(len(indices))
+        if first is None:
+            return
+        for line, index in enumerate(indices, first):
+            self._of_answer[index].append(line)
+
+    def finish(self, done: Sequence[Completion | None]) -> None:
+        """These are the answers. Those that found no room to the end are left out."""
+        if self.kept is None:
+            return
+        self.kept.end()
+        for request, completion, mine in zip(self._requests, done, self._of_answer, strict=True):
+            prompt = self._of_prompt.get(request.tokens)
+            if completion is None or prompt is None or len(mine) < len(completion.tokens) - 1:
+                continue
+            lines = [*prompt, *mine[: len(completion.tokens) - 1]]
+            self.kept.note(request.tokens + completion.tokens, lines)
+
+
+def lines_for(requests: Sequence[Request], params: SamplingParams, kept: Kept | None) -> Lines:
+    """Lines of these requests, if all of them are to be kept from their beginning and there is room for them."""
+    limits = sum(min(r.max_tokens or params.max_tokens, params.max_tokens) for r in requests)
+    prompts = sum(map(len, {r.tokens for r in requests}))
+    wanted = kept is not None and all(r.keep and not r.begun.tokens for r in requests)
+    return Lines(kept if wanted and kept.open(limits + prompts) else None, requests)
