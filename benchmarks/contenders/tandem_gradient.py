@@ -1,4 +1,4 @@
-"""Loss and gradient of one fixed batch through Tandem's actor, and what the batch needs to be scored by another."""
+"""Loss and gradient of one batch that Tandem samples, through its actor, and what another needs to score it."""
 
 import random
 import tempfile
@@ -15,12 +15,24 @@ SETTINGS = {"default": {}}
 REQUIRES = ("tandem",)
 
 
-def fixed_answers(job: Job, vocab: int) -> list[list[int]]:
-    """Answers of many lengths up to the job's, prompt by prompt; the same in every process."""
+def sampled_answers(job: Job, model: Any, kept: Any) -> list[list[int]]:
+    """Answers of many lengths up to the job's, prompt by prompt."""
+    from tandem.engine import EmbeddedEngine, Request, SamplingParams
+
     rng = random.Random(job.seed)
-    count = job.prompts_per_step * job.answers
-    lengths = [rng.randint(1, job.max_tokens) for _ in range(count)]
-    return [[rng.randrange(1, vocab) for _ in range(length)] for length in lengths]
+    requests = [
+        Request(
+            tokens=tuple(prompt),
+            key=rng.getrandbits(32),
+            max_tokens=rng.randint(1, job.max_tokens),
+            keep=True,
+        )
+        for prompt in job.prompts[: job.prompts_per_step]
+        for _ in range(job.answers)
+    ]
+    engine = EmbeddedEngine(model, len(requests), kept=kept)
+    done = engine.generate(requests, SamplingParams(max_tokens=job.max_tokens))
+    return [list(completion.tokens) for completion in done]
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -28,15 +40,20 @@ def measure(job: Job) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     from tandem.device import pick
-    from tandem.learner import Actor
+    from tandem.learner import MIB, Actor
     from tandem.model import load, tokenizer_of
+    from tandem.model.fused import kept_of
+    from tandem.types import pad
 
     with tempfile.TemporaryDirectory() as folder:
         # Without clipping, what the optimizer's step sees is the gradient of the loss.
         run = recipe(job, Path(folder), clip_grad=None)
     model = load(run.model, tokenizer_of(run.model), pick(job.device))
-    actor = Actor(model, run)
-    experience, kept = assessed(job, actor, fixed_answers(job, model.vocab_size))
+    kept = kept_of(model, run.learner.keep_mb * MIB) if run.keeps else None
+    actor = Actor(model, run, kept=kept)
+    answers = sampled_answers(job, model, kept)
+    experience, shared = assessed(job, actor, answers)
+    shared["answers"] = pad(answers, torch.long, -1)
     gradients: dict[str, Any] = {}
 
     def keep(*_: Any) -> None:
@@ -46,7 +63,7 @@ def measure(job: Job) -> dict[str, Any]:
     actor.optimizer.adamw.register_step_pre_hook(keep)
     figures = actor.update([experience], job.beta)
     save_file(
-        {**gradients, **kept, "loss": torch.tensor(figures["actor/loss"])}, Path(job.folder) / "tandem.grad"
+        {**gradients, **shared, "loss": torch.tensor(figures["actor/loss"])}, Path(job.folder) / "tandem.grad"
     )
     return {}
 
@@ -65,10 +82,10 @@ def assessed(job: Job, actor: Any, answers: list[list[int]]) -> tuple[Any, dict[
     ref_BT = (policy_BT + 0.3 * noise_BT) * batch.mask_BT if job.beta else None
     experience, _ = assess(batch, actor.run.algorithm, job.max_tokens, job.beta, ref_logp_BT=ref_BT)
     # An answer has one advantage, the prompt has 0: their sum is the answer's.
-    kept = {"advantage": experience.advantage_BT.amax(-1) + experience.advantage_BT.amin(-1)}
+    shared = {"advantage": experience.advantage_BT.amax(-1) + experience.advantage_BT.amin(-1)}
     if ref_BT is not None:
-        kept["reference"] = pad([row[m].tolist() for row, m in zip(ref_BT, batch.mask_BT)], torch.float32)
-    return experience, kept
+        shared["reference"] = pad([row[m].tolist() for row, m in zip(ref_BT, batch.mask_BT)], torch.float32)
+    return experience, shared
 
 
 def groups(job: Job, answers: list[list[int]]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Loss and gradient of the same fixed batch through TRL's `compute_loss`."""
+"""Loss and gradient of the same batch through TRL's `compute_loss`."""
 
 import tempfile
 from pathlib import Path
@@ -8,7 +8,6 @@ from job import Job
 from reward import scrambled_all
 from shape import PAD
 
-from contenders.tandem_gradient import fixed_answers
 from contenders.trl_step import policy, trainer
 
 SETTINGS = {"1 micro-batch": 1}
@@ -23,7 +22,7 @@ def measure(job: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trl = trainer(job, Path(folder), model, scrambled_all, [])
         trl.current_gradient_accumulation_steps = 1
-        batch = inputs(job, model.config.vocab_size, theirs)
+        batch = inputs(job, theirs)
         loss = trl.compute_loss(model, {name: value.to(model.device) for name, value in batch.items()})
         loss.backward()
     gradients = {f"gradient.{name}": weight.grad.cpu() for name, weight in model.named_parameters()}
@@ -31,13 +30,13 @@ def measure(job: Job) -> dict[str, Any]:
     return {}
 
 
-def inputs(job: Job, vocab: int, theirs: dict[str, Any]) -> dict[str, Any]:
-    """Prompts padded on the left, answers on the right; advantages and reference as Tandem has them, for the two add
+def inputs(job: Job, theirs: dict[str, Any]) -> dict[str, Any]:
+    """Prompts padded on the left, answers on the right; these, advantages and reference as Tandem has them: the two add
     different constants (1e-4 and 1e-6) to the deviation that divides the advantages."""
     import torch
 
     prompts = [p for p in job.prompts[: job.prompts_per_step] for _ in range(job.answers)]
-    answers = fixed_answers(job, vocab)
+    answers = [row[row >= 0].tolist() for row in theirs["answers"]]
     left, right = max(map(len, prompts)), max(map(len, answers))
     made = {
         "prompt_ids": torch.tensor([[PAD] * (left - len(p)) + p for p in prompts]),

@@ -41,6 +41,7 @@ FREE_ON_RESUME = (
     "checkpoint",
     "journal",
     "learner.tokens_per_forward",
+    "learner.keep_mb",
     "learner.layout",
     "learner.sleep",
     "reference.layout",

@@ -90,6 +90,15 @@ class Run(Section):
         )
 
     @property
+    def keeps(self) -> bool:
+        """The first update of a step may be given what sampling computed: both have the same weights, in one process,
+        and no part of the forward pass is compiled or made twice."""
+        one = self.placement.kind == "inline" and self.engine.kind == "embedded" and not self.sampling.max_lag
+        learner = self.learner
+        plain = self.model.lora is None and not (learner.compile or learner.checkpointing)
+        return one and plain and self.model.dtype == "fp32" and learner.keep_mb > 0
+
+    @property
     def needs_reference(self) -> bool:
         return self.algorithm.kl.coef > 0
 

@@ -16,29 +16,31 @@ class Lines:
 
     def __init__(self, kept: Kept | None, requests: Sequence[Request]) -> None:
         self.kept, self._requests = kept, requests
-        self._of_prompt: dict[Prompt, range] = {}
+        self._of_prompt: dict[Prompt, list[int]] = {}
         self._of_answer: list[list[int]] = [[] for _ in requests]
 
     def prompts(self, prompts: Sequence[Prompt]) -> None:
         """These prompts are computed, one behind the other."""
-        first = None if self.kept is None else self.kept.begin(sum(map(len, prompts)))
-        if first is None:
+        lines = None if self.kept is None else self.kept.begin([True] * sum(map(len, prompts)))
+        if lines is None:
             return
+        end = 0
         for prompt in prompts:
-            self._of_prompt[prompt] = range(first, first := first + len(prompt))
+            self._of_prompt[prompt] = lines[end : (end := end + len(prompt))]
 
     def narrow(self, index_M: Tensor) -> None:
         """Of what is computed, the output head sees these alone."""
         if self.kept is not None:
             self.kept.narrow(index_M)
 
-    def step(self, indices: Sequence[int]) -> None:
-        """One more token is computed of the answers to the requests of these numbers."""
-        first = None if self.kept is None else self.kept.begin(len(indices))
-        if first is None:
+    def step(self, indices: Sequence[int], done: Sequence[bool]) -> None:
+        """One more token is computed of the answers to the requests of these numbers, but for those that are done."""
+        lines = None if self.kept is None else self.kept.begin([not each for each in done])
+        if lines is None:
             return
-        for line, index in enumerate(indices, first):
-            self._of_answer[index].append(line)
+        for index, line, is_done in zip(indices, lines, done, strict=True):
+            if not is_done:
+                self._of_answer[index].append(line)
 
     def finish(self, done: Sequence[Completion | None]) -> None:
         """These are the answers. Those that found no room to the end are left out."""

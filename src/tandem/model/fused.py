@@ -67,8 +67,7 @@ def _inputs(layer: nn.Module) -> list[list[nn.Module]]:
     return [
         [attn.q_proj, attn.k_proj, attn.v_proj],
         [attn.o_proj],
-        [mlp.gate_proj],
-        [mlp.up_proj],
+        [mlp.gate_proj, mlp.up_proj],
         [mlp.down_proj],
     ]
 
@@ -112,11 +111,10 @@ class _Layer:
         self.into_heads = _Joined([self.attn.q_proj, self.attn.k_proj, self.attn.v_proj], rows, kept)
         self.out, self.down = _Onto(self.attn.o_proj, rows, kept), _Onto(self.mlp.down_proj, rows, kept)
         gate, up = self.mlp.gate_proj, self.mlp.up_proj
-        self.gates = kept is None and joins(gate) and joins(up) and silu
-        if self.gates:
+        self.into_gates = None if kept is None else _Joined([gate, up], rows, kept)
+        self.joins_gate = kept is None and joins(gate) and joins(up) and silu
+        if self.joins_gate:
             self.gate, self.up = laid_out(gate.weight, rows), laid_out(up.weight, rows)
-        else:
-            self.into_gate, self.into_up = (_Joined([gate], rows, kept), _Joined([up], rows, kept))
         self.dim = self.attn.head_dim
         self.key_heads = self.into_heads.sizes[1] // self.dim
         self.query_heads = self.into_heads.sizes[0] // self.dim
@@ -138,10 +136,13 @@ class _Layer:
 
     def feed_forward(self, x_NH: Tensor) -> Tensor:
         normed_NH = norm(self.layer.post_attention_layernorm, x_NH)
-        if self.gates:
+        if self.joins_gate:
             inner_NF = gated(normed_NH, self.gate, self.up)
+        elif self.into_gates is not None:
+            gate_NF, up_NF = self.into_gates(normed_NH).chunk(2, dim=-1)
+            inner_NF = self.mlp.act_fn(gate_NF).mul_(up_NF)
         else:
-            inner_NF = self.mlp.act_fn(self.into_gate(normed_NH)) * self.into_up(normed_NH)
+            inner_NF = self.mlp.act_fn(self.mlp.gate_proj(normed_NH)) * self.mlp.up_proj(normed_NH)
         return self.down(x_NH, inner_NF)
 
 

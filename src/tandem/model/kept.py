@@ -40,12 +40,22 @@ class Table:
             layer.given = part_NO
 
 
+def worthiest(tables: Sequence[tuple[int, int]], limit: int) -> list[int]:
+    """Which of the tables with this (worth, bytes) are kept in `limit` bytes: the worthiest that still have room."""
+    found, left = [], limit
+    for index, (_, size) in sorted(enumerate(tables), key=lambda each: -each[1][0]):
+        if size <= left:
+            left -= size
+            found.append(index)
+    return found
+
+
 class Kept:
     """Tables of a model in float32 on a CPU, of at most `limit` bytes together, for one step at a time."""
 
     def __init__(self, tables: Sequence[Table], limit: int) -> None:
         self.limit = limit
-        self._tables = sorted(tables, key=lambda table: -table.worth)
+        self._tables = tables
         self._open: dict[nn.Module, Table] = {}
         self._room = self._used = 0
         self._place: slice | Tensor | None = None
@@ -55,26 +65,31 @@ class Kept:
         """Make room for so many lines more, in the tables that are worth most; False where there is none."""
         if self._used:
             return self._used + lines <= self._room
-        left, self._open = self.limit, {}
-        for table in self._tables:
-            if table.line_bytes * lines <= left:
-                left -= table.line_bytes * lines
-                table.stretch(lines)
-                self._open[table.layers[0]] = table
+        # Beside the one for rows that are done.
+        tables = worthiest([(t.worth, t.line_bytes * (lines + 1)) for t in self._tables], self.limit)
+        self._open = {self._tables[i].layers[0]: self._tables[i] for i in tables}
+        for table in self._open.values():
+            table.stretch(lines + 1)
         self._room = lines
         return bool(self._open)
 
-    def begin(self, tokens: int) -> int | None:
-        """The line of the first of so many tokens, which are computed next; None where no lines are left for them."""
-        first, self._place = self._used, None
-        if first + tokens > self._room:
+    def begin(self, live: Sequence[bool]) -> list[int] | None:
+        """The lines of the tokens that are computed next, of which those that are not live share one that says nothing;
+        None where no lines are left."""
+        first, count, self._place = self._used, sum(live), None
+        if first + count > self._room:
             return None
-        self._used += tokens
-        self._place = slice(first, self._used)
-        return first
+        self._used += count
+        if count == len(live):
+            self._place = slice(first, self._used)
+            return list(range(first, self._used))
+        fresh = iter(range(first, self._used))
+        lines = [next(fresh) if alive else self._room for alive in live]
+        self._place = torch.tensor(lines)
+        return lines
 
     def narrow(self, index_M: Tensor) -> None:
-        """Only these of the tokens go on to the output head."""
+        """Only these of the tokens, all live, go on to the output head."""
         if isinstance(self._place, slice):
             self._place = self._place.start + index_M
 

@@ -91,7 +91,7 @@ def build(
     if run.learner.compile:
         compile_blocks(model)
     params = sampling_params(run, prompts.template, model.tokenizer)
-    kept = kept_of(model, run.learner.keep_mb * MIB) if keeps(run) else None
+    kept = kept_of(model, run.learner.keep_mb * MIB) if run.keeps else None
     actor, judge = Actor(model, run, kept=kept), reward_model_of(run, model)
     reference = reference_of(run, model, reference_folder) if run.needs_reference else None
     critic = critic_of(run, model) if run.needs_critic else None
@@ -115,13 +115,6 @@ def build(
         kl=KlController(kl.coef, kl.target, kl.horizon),
         copy=copied,
     )
-
-
-def keeps(run: Run) -> bool:
-    """Whether the update can be given what sampling computed: with the very weights, by the plain forward pass."""
-    learner = run.learner
-    plain = not (learner.compile or learner.checkpointing)
-    return plain and run.engine.kind == "embedded" and not run.sampling.max_lag and learner.keep_mb > 0
 
 
 def sampling_params(run: Run, template: Renderer, tokenizer: PreTrainedTokenizerBase) -> SamplingParams:

@@ -32,6 +32,7 @@ from tandem.train.evaluation import held_out_prompts
 from tandem.train.finding import Finding, Line
 from tandem.train.folder_bytes import folder_bytes
 from tandem.train.footprint import Shape
+from tandem.train.kept_bytes import with_kept
 from tandem.train.layouts import check_layouts, critic_axes, holds_reference, layouts_of
 from tandem.train.lengths import check_engine, look_at_rows, look_at_truths, spread, too_short
 from tandem.train.memory import Memory, readable, several
@@ -232,7 +233,7 @@ def look_at_memory(bench: Bench) -> list[Line]:
     if run.needs_critic:
         critic = critic_shape(run, shape(bench), tokenizer_of_all(bench))
         need = with_critic(need, run, critic, bench.longest_prompt(), critics)
-    need = with_reward_model(need, run, judges)
+    need = with_kept(with_reward_model(need, run, judges), run, shape(bench), bench.longest_prompt())
     if captures(device) and run.placement.kind == "inline" and run.engine.kind == "embedded":
         need = need.keeping("KV cache")  # Its captured steps write into it.
     free = on_host if on_device is None else on_device
@@ -269,7 +270,8 @@ def on_one_host(run: Run, need: Memory) -> tuple[int, str]:
 
 
 SMALLER = (
-    "lower sampling.slots, learner.tokens_per_forward or learner.logits_mb, set learner.checkpointing or "
+    "lower sampling.slots, learner.tokens_per_forward, learner.logits_mb or learner.keep_mb, set "
+    "learner.checkpointing or "
     "learner.optimizer.offload, or train an adapter (model.lora)"
 )
 

@@ -11,6 +11,7 @@ from tandem.config.run import Run
 from tandem.config.sections import Optimizer
 from tandem.train import footprint
 from tandem.train.footprint import Shape, learning_at
+from tandem.train.kept_bytes import Spared, spared
 from tandem.train.layouts import check_layouts, holds_reference, not_alone
 from tandem.train.memory import Memory, fullest, readable
 from tandem.train.plan.axes import Axes, Rules, layouts
@@ -251,22 +252,32 @@ class Search:
         together = own.memory
         for name, place in others.items():
             together = together.beside(name, place.memory)
-        copy = 0 if samplers else self._copy(variant.run, axes)
-        if copy:
-            together = replace(together, lasting=together.lasting | {"copy for engines": copy})
-        lasting = own.lasting + sum(place.lasting for place in others.values()) + copy
+        more = {} if samplers else self._for_engines(variant.run, axes)
+        together = replace(together, lasting=together.lasting | more)
+        lasting = own.lasting + sum(place.lasting for place in others.values()) + sum(more.values())
         asleep = lasting if variant.run.learner.sleep and not samplers else 0
         # Where the device is the host, what sleeps lies in another place of the same memory.
         gone = samplers or (asleep and made.rates.host_memory)
         return Load(own=own, together=together, asleep=asleep, stays=0 if gone else lasting)
 
-    def _copy(self, run: Run, axes: Axes) -> int:
-        return footprint.copy_for_engines(run, self.plan.shape, axes)
+    def _for_engines(self, run: Run, axes: Axes) -> dict[str, int]:
+        """Bytes that are there because an engine is on the same device."""
+        parts = {
+            "copy for engines": footprint.copy_for_engines(run, self.plan.shape, axes),
+            "kept from sampling": self._spared(run).bytes,
+        }
+        return {name: size for name, size in parts.items() if size}
+
+    def _spared(self, run: Run) -> Spared:
+        """Of an engine in the learner's process, which a single device has."""
+        made = self.plan
+        return spared(run, made.shape, made.lengths.longest_prompt) if made.count == 1 else Spared()
 
     def _offer(self, axes: Axes, samplers: int, variant: Variant, load: Load, engine: Engine) -> Offer:
         run, learner = variant.run, variant.run.learner
         trainer = self._trainer(run, self.plan.shape, axes, learner.layout, learner.optimizer)
-        actor = replace(load.own, passes=policy_passes(trainer))
+        share = 0.0 if engine.copied else self._spared(run).share
+        actor = replace(load.own, passes=policy_passes(trainer, share))
         places = {"actor": actor, **self._others(variant, axes.world)}
         moving = {"transfer": self._transfer(run, trainer).seconds if engine.copied else 0.0}
         if load.asleep:
@@ -361,12 +372,12 @@ class Search:
         return self._engines[key]
 
 
-def policy_passes(trainer: Trainer) -> dict[str, Pass]:
-    """Those of a step, by phase."""
+def policy_passes(trainer: Trainer, spared: float) -> dict[str, Pass]:
+    """Those of a step, by phase; `spared` as in `Trainer.update`."""
     run, found = trainer.run, {}
     if run.old_logp == "recompute":
         found["old log-probs"] = trainer.reading()
     if run.needs_reference and not holds_reference(run):
         # The policy without its adapter.
         found["reference"] = trainer.reading()
-    return found | {"update": trainer.update()}
+    return found | {"update": trainer.update(spared)}

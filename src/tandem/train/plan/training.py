@@ -66,14 +66,16 @@ class Trainer:
     optimizer: Optimizer | None
     """Of a model that learns."""
 
-    def update(self) -> Pass:
-        """All updates of a step."""
+    def update(self, spared: float = 0.0) -> Pass:
+        """All updates of a step; in the first, this share of the forward pass's products is known from sampling."""
         tokens, learner = share(self.run, self.lengths, self.axes.data), self.run.learner
         whole, layers = (update(self.run, shape, tokens).total for shape in self._shapes)
         passes = 2 + learner.checkpointing
         products = self._shared(whole, layers, self.rates.update, self._repeated(tokens, 1 + passes))
         one = self._pass(tokens, products, passes, gathers=2, learns=True)
-        return times(one, learner.updates_per_step * learner.epochs_per_step)
+        every = times(one, learner.updates_per_step * learner.epochs_per_step)
+        known = spared * forward(self.shape, tokens).products / self.rates.forward
+        return replace(every, products=every.products - known)
 
     def reading(self) -> Pass:
         """A forward pass over a step's answers: log-probabilities, or values."""
