@@ -11,8 +11,14 @@ from tandem.train.profile import attention_flops, matmul_weights
 from tandem.train.run import train
 
 
-def test_profile_traces_the_second_step_and_accounts_for_its_time(random_folder, make_run, quiet):
-    run = make_run(random_folder, steps=3, profile=True, reward={"functions": [{"name": REWARD}]})
+@pytest.mark.parametrize(("keep_mb", "passes"), [(512, 2), (0, 3)])
+def test_profile_traces_the_second_step_and_accounts_for_its_time(
+    random_folder, make_run, quiet, keep_mb, passes
+):
+    learner = {"keep_mb": keep_mb}
+    run = make_run(
+        random_folder, steps=3, profile=True, reward={"functions": [{"name": REWARD}]}, learner=learner
+    )
     train(run, quiet)
     record = json.loads((Path(run.run_dir) / "profile" / "phases.json").read_text())
     rows = [json.loads(line) for line in (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()]
@@ -20,6 +26,7 @@ def test_profile_traces_the_second_step_and_accounts_for_its_time(random_folder,
     assert record["step"] == 1 and {"rollout", "update"} <= phases.keys()
     assert sum(p["seconds"] for p in phases.values()) == pytest.approx(rows[1]["timing/all"], rel=0.25)
     assert all(0 < phases[name]["share"] < 1 for name in ("rollout", "update"))
+    assert phases["update"]["flops"] == pytest.approx(passes * phases["rollout"]["flops"], rel=0.05)
     trace = json.loads((Path(run.run_dir) / "profile" / "trace.json").read_text())
     assert any(
         event.get("name") == "aten::mm" or "linear" in event.get("name", "") for event in trace["traceEvents"]

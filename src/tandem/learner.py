@@ -24,6 +24,9 @@ from tandem.types import Batch, BatchT, Experience, take, to_device
 from tandem.value import value_loss
 
 MIB = 2**20
+PROOF_EVERY = 20
+"""Updates from one to the next that is given nothing of what sampling computed, so that `rollout/logp_gap_mean` says of
+it whether sampler and trainer agree."""
 
 
 def micro_batches(
@@ -296,8 +299,10 @@ class Actor(Pupil, Policy):
         return {**means(totals, int(done["updates"])), "grad_norm": norm, **figures}
 
     def _accumulate(self, part: Experience, kl_coef: float) -> dict[str, float]:
+        kept = None if self.optimizer.updates % PROOF_EVERY == 0 else self.kept
+
         def loss(piece: Experience) -> tuple[Tensor, dict[str, Tensor]]:
-            logp_BT, entropy_BT = self._token_logprobs(piece, self.kept)
+            logp_BT, entropy_BT = self._token_logprobs(piece, kept)
             return policy_loss(logp_BT, entropy_BT, piece, self.run.algorithm, kl_coef)
 
         self._begin_dropout()

@@ -317,7 +317,7 @@ class Learner(Section):
     logits_mb: int = Field(1024, gt=0)
     """Logits of a micro-batch above this size are computed in chunks, and again in the backward pass."""
     keep_mb: int = Field(512, ge=0)
-    """Memory for what sampling computed and the first update of a step needs again; the result is the same but for
+    """MiB for what sampling computed and the first update of a step needs again; the result is the same but for
     rounding. Only with the embedded engine in one process, in fp32 on a CPU; 0 to compute all of it again."""
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""

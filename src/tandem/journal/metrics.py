@@ -175,7 +175,8 @@ _ROLLOUT = {
         "mean of |sampler's logp - trainer's logp|",
         "nat",
         "same weights, same tokens: rounding only; more means that sampler and trainer disagree. With sampling.max_lag "
-        "above 0 the policy's own motion too, with model.lora.dropout what it drops",
+        "above 0 the policy's own motion too, with model.lora.dropout what it drops. Where an update is given what "
+        "sampling computed (learner.keep_mb) only each 20th one shows it",
     ),
     "rollout/logp_gap_max": Metric("largest |sampler's logp - trainer's logp|", "nat", "as above"),
     "rollout/lag_mean": Metric("mean of current version - oldest version in the answer", "versions", ""),

@@ -28,6 +28,11 @@ class Table:
         self.line_bytes = sum(self.sizes) * layers[0].weight.element_size()
         self.lines_NO = torch.empty(0, sum(self.sizes))
 
+    @property
+    def products(self) -> int:
+        """Multiplications for a line."""
+        return self.worth * sum(self.sizes)
+
     def stretch(self, lines: int) -> None:
         """Hold so many lines, of unknown content. Memory is taken as they are written."""
         if len(self.lines_NO) < lines:
@@ -60,6 +65,8 @@ class Kept:
         self._room = self._used = 0
         self._place: slice | Tensor | None = None
         self._line_of: dict[tuple[int, ...], Tensor] = {}
+        self.spared = 0.0
+        """Of the products of a forward pass, the share that the last one was given."""
 
     def open(self, lines: int) -> bool:
         """Make room for so many lines more, in the tables that are worth most; False where there is none."""
@@ -122,6 +129,7 @@ class Kept:
         tables = [table for table in self._open.values() if head_M is not None or not table.head]
         if len(known) < len(lines):
             tables = []
+        self.spared = sum(table.products for table in tables) / sum(table.products for table in self._tables)
         try:
             if tables:
                 line_N = layout.line(nn.utils.rnn.pad_sequence(known, batch_first=True))

@@ -17,6 +17,7 @@ from torch.profiler import profile
 from transformers import PretrainedConfig
 
 from tandem.device import synchronize
+from tandem.learner import Actor
 from tandem.model import LanguageModel
 from tandem.model.product import product
 from tandem.types import Group
@@ -93,10 +94,18 @@ def matmul_weights(model: LanguageModel) -> int:
 
 def forward_flops(model: LanguageModel, groups: list[Group]) -> float:
     """Of all tokens of a step, prompts once."""
-    lengths = [(g.rollouts[0].prompt_length, [r.answer_length for r in g.rollouts]) for g in groups]
-    tokens = sum(prompt + sum(many) for prompt, many in lengths)
-    pairs = sum(prompt**2 / 2 + sum(prompt * n + n**2 / 2 for n in many) for prompt, many in lengths)
-    return 2.0 * matmul_weights(model) * tokens + attention_flops(model.network.config, pairs)
+    pairs = sum(prompt**2 / 2 + sum(prompt * n + n**2 / 2 for n in many) for prompt, many in lengths(groups))
+    return product_flops(model, groups) + attention_flops(model.network.config, pairs)
+
+
+def product_flops(model: LanguageModel, groups: list[Group]) -> float:
+    """Of them, those of products with weights."""
+    return 2.0 * matmul_weights(model) * sum(prompt + sum(many) for prompt, many in lengths(groups))
+
+
+def lengths(groups: list[Group]) -> list[tuple[int, list[int]]]:
+    """Tokens of each group's prompt, and of its answers."""
+    return [(g.rollouts[0].prompt_length, [r.answer_length for r in g.rollouts]) for g in groups]
 
 
 def attention_flops(config: PretrainedConfig, pairs: float) -> float:
@@ -110,9 +119,10 @@ class StepProfile:
     """Traces one step, then writes `trace.json` (chrome://tracing, Perfetto), `phases.json` and a table."""
 
     def __init__(
-        self, folder: Path, model: LanguageModel, critic: LanguageModel | None, say: Callable[[str], None]
+        self, folder: Path, actor: Actor, critic: LanguageModel | None, say: Callable[[str], None]
     ) -> None:
-        self.folder, self.model, self.critic, self.say = folder, model, critic, say
+        self.folder, self.actor, self.critic, self.say = folder, actor, critic, say
+        model = self.model = actor.model
         self.rates = measure_rates(model.device, model.network.dtype)
         self._profiler = profile()
 
@@ -136,8 +146,8 @@ class StepProfile:
 
     def phases(self, groups: list[Group], seconds: dict[str, float], slots: int) -> list[Phase]:
         """Work and limit of each phase that was timed."""
-        lengths = [r.answer_length for g in groups for r in g.rollouts]
-        steps = max(max(lengths, default=0), sum(lengths) / min(slots, max(len(lengths), 1)))
+        answers = [length for _, many in lengths(groups) for length in many]
+        steps = max(max(answers, default=0), sum(answers) / min(slots, max(len(answers), 1)))
         read = steps * matmul_weights(self.model) * self.model.network.dtype.itemsize
         forward = forward_flops(self.model, groups)
         values = 0.0 if self.critic is None else forward_flops(self.critic, groups)
@@ -147,7 +157,7 @@ class StepProfile:
             "old_log_p": (forward, 0.0),
             "reference_model": (forward, 0.0),
             "critic_model": (values, 0.0),
-            "update": (3 * forward, 0.0),
+            "update": (3 * forward - self._spared(groups), 0.0),
             "update_critic": (3 * values, 0.0),
         }
         rows = []
@@ -158,6 +168,11 @@ class StepProfile:
                 limit = max(flops / self.rates.flops_per_s, floor)
                 rows.append(Phase(name=name, seconds=taken, flops=flops, limit_s=limit))
         return rows
+
+    def _spared(self, groups: list[Group]) -> float:
+        """Operations that the step's first update did not do, for sampling had."""
+        share = 0.0 if self.actor.kept is None else self.actor.kept.spared
+        return share * product_flops(self.model, groups) / self.actor.run.learner.updates_per_step
 
 
 def table(phases: list[Phase], rates: Rates) -> str:

@@ -78,7 +78,7 @@ class Session:
         if step == self._profiled and step < self.run.steps:
             folder = Path(self.run.run_dir) / "profile"
             critic = None if self.roles.critic is None else self.roles.critic.model
-            self._profile = StepProfile(folder, self.roles.actor.model, critic, self.journal.say)
+            self._profile = StepProfile(folder, self.roles.actor, critic, self.journal.say)
             self._profile.start()
 
     def after(
