@@ -44,8 +44,10 @@ CASES = {
     "beta_0.04": Case(beta=0.04),
     "long_prompts": Case(prompt_tokens=1024, fewer=4),
 }
+PLAIN = "1 micro-batch"
+"""TRL's setting when nothing is said."""
 ENTRIES = [
-    Entry(contender="tandem_step", setting="default"),
+    *(Entry(contender="tandem_step", setting=s) for s in ("default", "keep_mb=0")),
     *(Entry(contender="trl_step", setting=s) for s in trl_step.SETTINGS),
 ]
 
@@ -109,6 +111,7 @@ def case_of(args: argparse.Namespace, shape: Shape, folder: Path, name: str) -> 
             row.void(f"loss or gradient differ ({verdict})")
     ours, theirs = best(rows, "tandem_step"), best(rows, "trl_step")
     mine, other = memory(ours), memory(theirs)
+    plain = next((row for row in rows if row.entry.setting == PLAIN), None)
     others = [memory(row) for row in rows if row.seconds and row.entry.contender == "trl_step"]
     leanest = min((m for m in others if m is not None), default=None)
     record = {
@@ -121,11 +124,17 @@ def case_of(args: argparse.Namespace, shape: Shape, folder: Path, name: str) -> 
         "phases": {} if ours is None else phases(ours),
         "gate": verdict,
         "ratio_vs_trl": ratio(ours, theirs),
-        "memory_ratio_vs_trl": round(other / mine, 3) if mine and other else None,
-        "memory_ratio_vs_leanest_trl": round(leanest / mine, 3) if mine and leanest else None,
+        "ratio_vs_default_trl": ratio(ours, plain),
+        "memory_ratio_vs_trl": times(other, mine),
+        "memory_ratio_vs_default_trl": times(memory(plain) if plain and plain.seconds else None, mine),
+        "memory_ratio_vs_leanest_trl": times(leanest, mine),
     }
     add_utilization(record, args.device, shape)
     return record
+
+
+def times(theirs: float | None, ours: float | None) -> float | None:
+    return round(theirs / ours, 3) if theirs and ours else None
 
 
 def phases(row: Row) -> dict[str, float]:
@@ -149,7 +158,7 @@ def add_utilization(record: dict[str, Any], device: str, shape: Shape) -> None:
 
 def last_line(record: dict[str, Any]) -> dict[str, Any]:
     """Medians and ratios; those at the top are of the first case."""
-    ratios = ("ratio_vs_trl", "memory_ratio_vs_trl", "memory_ratio_vs_leanest_trl")
+    ratios = [name for name in next(iter(record.values())) if "ratio_vs" in name]
     first = next(iter(record.values()))
     return {
         "benchmark": "grpo_step",

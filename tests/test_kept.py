@@ -10,10 +10,11 @@ from peft import LoraConfig, get_peft_model
 from tandem.engine import EmbeddedEngine, Request, SamplingParams
 from tandem.engine.answers import Pause
 from tandem.journal import read_metrics, repeatable
+from tandem.learner import Actor
 from tandem.model import LanguageModel, load, token_logprobs, tokenizer_of
 from tandem.model import product as products
 from tandem.model.fused import kept_of
-from tandem.model.kept import worthiest
+from tandem.model.kept import Kept, worthiest
 from tandem.model.product import Linear
 from tandem.train import footprint
 from tandem.train.kept_bytes import spared
@@ -250,6 +251,25 @@ def test_a_run_that_keeps_is_the_run_that_does_not_but_for_rounding(random_folde
             assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
     norms = [[row["grad_norm"] for row in each] for each in rows.values()]
     assert min(norms[0]) > 0 and norms[0] != norms[1], "it was used"
+
+
+def test_every_so_many_updates_nothing_is_given(random_folder, make_run, quiet, monkeypatch):
+    """Then what the trainer makes of an answer can be held against what the sampler made."""
+    begun, given, accumulate = [], Kept.given, Actor._accumulate
+
+    def begins(self, *arguments):
+        begun.append([])
+        return accumulate(self, *arguments)
+
+    def gives(self, *arguments):
+        begun[-1].append(arguments[0])
+        return given(self, *arguments)
+
+    monkeypatch.setattr("tandem.learner.PROOF_EVERY", 3)
+    monkeypatch.setattr(Actor, "_accumulate", begins)
+    monkeypatch.setattr(Kept, "given", gives)
+    train(make_run(random_folder, steps=5, reward={"functions": [{"name": REWARD}]}), quiet)
+    assert [len(each) > 0 for each in begun] == [False, True, True, False, True]
 
 
 @pytest.mark.parametrize("keep_mb", [512, 1])

@@ -10,7 +10,11 @@ from job import Job
 from memory import Watch
 from shape import text
 
-SETTINGS: dict[str, dict[str, bool]] = {"default": {}, "compiled": {"compile": True}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "keep_mb=0": {"keep_mb": 0},
+    "compiled": {"compile": True},
+}
 """Keys of `learner`."""
 REQUIRES = ("tandem",)
 REWARD = Path(__file__).parents[1] / "reward.py"
