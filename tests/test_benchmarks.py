@@ -20,10 +20,11 @@ from contenders import tandem_engine, trl_gradient
 from contenders.stopwatch import until_end
 from contest import Entry, Row, best, check, race, ratio
 from job import Answer, Job
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from shape import FIRST_WORD, QWEN, Shape, small, text, tokenizer
 
 from published import FOLDER, needs
+from tandem.model.kept import Kept
 
 ROOT = Path(__file__).parents[1]
 GSM8K = FOLDER / "train.jsonl"
@@ -171,17 +172,22 @@ def test_gradients_that_differ_are_refused(tmp_path):
     assert not verdict(**{"gradient.c": torch.zeros(1)})
 
 
-def test_the_fixed_batch_is_one_that_trl_can_score(folder, shape, tmp_path):
-    """What is handed over says the same as what Tandem trained on: a textbook loss of it has Tandem's gradient."""
+def test_the_sampled_batch_is_one_that_trl_can_score(folder, tmp_path, monkeypatch):
+    """What is handed over says the same as what Tandem trained on: a textbook loss of it has Tandem's gradient, which
+    is made of what sampling computed."""
     from contenders import tandem_gradient
     from contenders.transformers_generate import loaded
 
-    task = job(folder, prompts_per_step=2, beta=0.04)
-    tandem_gradient.measure(task)
-    from safetensors.torch import load_file
+    task, shares, forget = job(folder, prompts_per_step=2, beta=0.04), [], Kept.forget
 
-    kept = load_file(Path(task.folder) / "tandem.grad")
-    inputs = trl_gradient.inputs(task, shape.vocab, kept)
+    def forgets(self):
+        shares.append(self.spared)
+        forget(self)
+
+    monkeypatch.setattr(Kept, "forget", forgets)
+    tandem_gradient.measure(task)
+    assert shares[0] == 1
+    inputs = trl_gradient.inputs(task, load_file(Path(task.folder) / "tandem.grad"))
     model = loaded(task)
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     real = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)

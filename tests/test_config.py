@@ -361,6 +361,7 @@ def test_difference_lets_pass_what_may_change_on_resume(tmp_path):
         "checkpoint.keep=5",
         "journal.samples=1",
         "learner.tokens_per_forward=99",
+        "learner.keep_mb=99",
         "learner.layout.context=2",
         "reference.layout.context=2",
         "critic.layout.tensor=2",

@@ -18,6 +18,10 @@ from tandem.model.kept import Kept, worthiest
 from tandem.model.product import Linear
 from tandem.train import footprint
 from tandem.train.kept_bytes import spared
+from tandem.train.plan.device import assumed, find
+from tandem.train.plan.plan import plan
+from tandem.train.plan.request import lengths_of
+from tandem.train.plan.work import forward, share
 from tandem.train.run import train
 from tiny_models import FAMILIES, language_model
 
@@ -290,3 +294,24 @@ def test_the_estimate_is_what_is_kept(adding_folder, make_run, keep_mb):
     assert (found.share == 1) == (keep_mb == 512) and found.share > 0.1
     assert spared(make_run(adding_folder, learner={"keep_mb": 0}), shape, 4).bytes == 0
     assert spared(make_run(adding_folder, sampling={"max_lag": 1}), shape, 4).bytes == 0
+
+
+def test_a_plan_of_one_cpu_counts_what_the_update_is_spared(adding_folder, make_run):
+    """Of several devices none is: their engines have weights of their own."""
+    rates = replace(assumed(find("h200"), "fp32"), host_memory=0.0)
+    found = {}
+    for count, keep_mb in ((1, 512), (1, 0), (2, 512)):
+        run = make_run(adding_folder, learner={"keep_mb": keep_mb})
+        lengths = lengths_of(run, 20, 10)
+        made = plan(run, rates, count=count, per_node=2, lengths=lengths, top=10**3)
+        found[count, keep_mb] = made.offers[0]
+        assert len({o.load.together.lasting.get("kept from sampling") for o in made.offers}) == 1
+    keeping, plain, two = found.values()
+    shape = footprint.shape_of(run.model, None)
+    whole = spared(make_run(adding_folder), shape, lengths.longest_prompt)
+    products = forward(shape, share(run, lengths, 1)).products
+    less = plain.passes["update"].products - keeping.passes["update"].products
+    assert whole.share == 1 and less == pytest.approx(products / rates.forward)
+    more = keeping.load.stays - plain.load.stays
+    assert more == whole.bytes == keeping.load.together.lasting["kept from sampling"] > 0
+    assert "kept from sampling" not in two.load.together.lasting
