@@ -22,8 +22,7 @@ from contest import Entry, check, race, ratio
 def compare(args: Any, folder: Path) -> dict[str, Any]:
     """Steps without and with compilation."""
     job = grpo_step.job_of(args, options.shape(args), folder, grpo_step.CASES["beta_0"])
-    # Compiled layers are given nothing of what sampling computed, so neither are the others.
-    entries = [Entry(contender="tandem_step", setting=s) for s in ("keep_mb=0", "compiled")]
+    entries = [Entry(contender="tandem_step", setting=s) for s in ("default", "compiled")]
     rows = race(entries, job, args.rounds, folder, options.pythons(args))
     check(rows, job)
     public = [row.public() for row in rows]

@@ -178,7 +178,7 @@ def test_the_sampled_batch_is_one_that_trl_can_score(folder, tmp_path, monkeypat
     from contenders import tandem_gradient
     from contenders.transformers_generate import loaded
 
-    task, shares, forget = job(folder, prompts_per_step=2, beta=0.04), [], Kept.forget
+    task, shares, forget = job(folder, prompts_per_step=2, beta=0.04, setting="keep_mb=512"), [], Kept.forget
 
     def forgets(self):
         shares.append(self.spared)

@@ -30,7 +30,7 @@ PPO = {
     "model": {"new": {"hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "max_positions": 128}},
     "algorithm": {"preset": "ppo"},
     "critic": {"optimizer": {"lr": 1e-3}},
-    "learner": {"optimizer": {"lr": 1e-3}, "updates_per_step": 2, "keep_mb": 0},
+    "learner": {"optimizer": {"lr": 1e-3}, "updates_per_step": 2},
     "eval": {"every": None},
     "journal": {"samples": 0, "sinks": ["jsonl"]},
 }

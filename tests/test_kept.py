@@ -272,7 +272,8 @@ def test_every_so_many_updates_nothing_is_given(random_folder, make_run, quiet, 
     monkeypatch.setattr("tandem.learner.PROOF_EVERY", 3)
     monkeypatch.setattr(Actor, "_accumulate", begins)
     monkeypatch.setattr(Kept, "given", gives)
-    train(make_run(random_folder, steps=5, reward={"functions": [{"name": REWARD}]}), quiet)
+    learner, reward = {"keep_mb": 64}, {"functions": [{"name": REWARD}]}
+    train(make_run(random_folder, steps=5, reward=reward, learner=learner), quiet)
     assert [len(each) > 0 for each in begun] == [False, True, True, False, True]
 
 
@@ -292,8 +293,9 @@ def test_the_estimate_is_what_is_kept(adding_folder, make_run, keep_mb):
     EmbeddedEngine(model, 64, kept=kept).generate(requests, SamplingParams(max_tokens=12))
     assert sum(table.lines_NO.nbytes for table in kept._tables) == found.bytes <= keep_mb * footprint.MIB
     assert (found.share == 1) == (keep_mb == 512) and found.share > 0.1
-    assert spared(make_run(adding_folder, learner={"keep_mb": 0}), shape, 4).bytes == 0
-    assert spared(make_run(adding_folder, sampling={"max_lag": 1}), shape, 4).bytes == 0
+    assert spared(make_run(adding_folder), shape, 4).bytes == 0
+    lagging = make_run(adding_folder, learner={"keep_mb": keep_mb}, sampling={"max_lag": 1})
+    assert spared(lagging, shape, 4).bytes == 0
 
 
 def test_a_plan_of_one_cpu_counts_what_the_update_is_spared(adding_folder, make_run):
@@ -308,7 +310,7 @@ def test_a_plan_of_one_cpu_counts_what_the_update_is_spared(adding_folder, make_
         assert len({o.load.together.lasting.get("kept from sampling") for o in made.offers}) == 1
     keeping, plain, two = found.values()
     shape = footprint.shape_of(run.model, None)
-    whole = spared(make_run(adding_folder), shape, lengths.longest_prompt)
+    whole = spared(run, shape, lengths.longest_prompt)
     products = forward(shape, share(run, lengths, 1)).products
     less = plain.passes["update"].products - keeping.passes["update"].products
     assert whole.share == 1 and less == pytest.approx(products / rates.forward)

@@ -45,8 +45,8 @@ pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not ins
 RAY = {"cpus": 1}
 GCS = re.compile(r"--gcs-address=(\S+)")
 STEPS = 20
-LEARNER = {"optimizer": {"lr": 1e-3}, "tokens_per_forward": 48, "keep_mb": 0}
-"""Each group is a unit of the reference's work. What one process may keep from sampling rounds differently."""
+LEARNER = {"optimizer": {"lr": 1e-3}, "tokens_per_forward": 48}
+"""Each group is a unit of the reference's work."""
 
 
 @pytest.fixture(scope="module")

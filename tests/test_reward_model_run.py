@@ -57,7 +57,7 @@ def recipe_in(folder: Path, judge: Path, **changes) -> Path:
         "steps": 3,
         "reward": {"model": {"path": str(judge), "weight": 0.5}, "overlong_buffer": 2},
         "eval": SMALL["eval"] | {"every": 2},
-        "learner": {"optimizer": {"lr": 1e-3}, "tokens_per_forward": 48, "keep_mb": 0},
+        "learner": {"optimizer": {"lr": 1e-3}, "tokens_per_forward": 48},
     }
     return recipe(folder, **SMALL | judged | changes)
 

@@ -11,7 +11,7 @@ from reward import scrambled
 
 from contenders.tandem_step import recipe
 
-SETTINGS = {"default": {}}
+SETTINGS = {"keep_mb=512": {}}
 REQUIRES = ("tandem",)
 
 

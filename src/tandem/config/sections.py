@@ -316,9 +316,10 @@ class Learner(Section):
     """Compile norms and feed-forward blocks (`torch.compile`) for the update. The first update then takes longer."""
     logits_mb: int = Field(1024, gt=0)
     """Logits of a micro-batch above this size are computed in chunks, and again in the backward pass."""
-    keep_mb: int = Field(512, ge=0)
+    keep_mb: int = Field(0, ge=0)
     """MiB for what sampling computed and the first update of a step needs again; the result is the same but for
-    rounding. Only with the embedded engine in one process, in fp32 on a CPU; 0 to compute all of it again."""
+    rounding. With the embedded engine in one process, in fp32 on a CPU, a small model is then faster by a tenth
+    or so; of a large one nothing much fits."""
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     optimizer: Optimizer = Optimizer()
