@@ -318,8 +318,9 @@ class Learner(Section):
     """Logits of a micro-batch above this size are computed in chunks, and again in the backward pass."""
     keep_mb: int = Field(0, ge=0)
     """MiB for what sampling computed and the first update of a step needs again; the result is the same but for
-    rounding. With the embedded engine in one process, in fp32 on a CPU, a small model is then faster by a tenth
-    or so; of a large one nothing much fits."""
+    rounding. With the embedded engine in one process, in fp32 on a CPU, steps are then faster where products are most
+    of them (docs/benchmarks.md has a width of 256), slower with a model as small as the quickstart's. Little of a large
+    model fits."""
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     optimizer: Optimizer = Optimizer()
