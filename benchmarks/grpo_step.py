@@ -47,7 +47,7 @@ CASES = {
 PLAIN = "1 micro-batch"
 """TRL's setting when nothing is said."""
 ENTRIES = [
-    *(Entry(contender="tandem_step", setting=s) for s in ("keep_mb=0", "keep_mb=512")),
+    *(Entry(contender="tandem_step", setting=s) for s in ("default", "keep_mb=512")),
     *(Entry(contender="trl_step", setting=s) for s in trl_step.SETTINGS),
 ]
 

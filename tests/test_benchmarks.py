@@ -102,7 +102,7 @@ def test_a_step_is_raced(tmp_path, monkeypatch, capsys):
     last, record = run_script(grpo_step.main, tmp_path, monkeypatch, capsys, *options)
     case = record["cases"]["beta_0.04"]
     ours, theirs = case["rows"][:2], case["rows"][2:]
-    assert [row["setting"] for row in ours] == ["keep_mb=0", "keep_mb=512"]
+    assert [row["setting"] for row in ours] == ["default", "keep_mb=512"]
     assert all(row["median_seconds"] > 0 and row["tokens"] == [4 * 2 * 8] for row in ours)
     assert case["phases"]["timing/reference_model"] > 0
     assert all("exit status" in row["not_run"] for row in theirs)

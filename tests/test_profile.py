@@ -11,11 +11,11 @@ from tandem.train.profile import attention_flops, matmul_weights
 from tandem.train.run import train
 
 
-@pytest.mark.parametrize(("keep_mb", "passes"), [(512, 2), (0, 3)])
+@pytest.mark.parametrize(("keep_mb", "updates", "passes"), [(0, 1, 3), (512, 1, 2), (512, 2, 2.5)])
 def test_profile_traces_the_second_step_and_accounts_for_its_time(
-    random_folder, make_run, quiet, keep_mb, passes
+    random_folder, make_run, quiet, keep_mb, updates, passes
 ):
-    learner = {"keep_mb": keep_mb}
+    learner = {"keep_mb": keep_mb, "updates_per_step": updates}
     run = make_run(
         random_folder, steps=3, profile=True, reward={"functions": [{"name": REWARD}]}, learner=learner
     )

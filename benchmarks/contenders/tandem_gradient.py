@@ -51,9 +51,8 @@ def measure(job: Job) -> dict[str, Any]:
     model = load(run.model, tokenizer_of(run.model), pick(job.device))
     kept = kept_of(model, run.learner.keep_mb * MIB) if run.keeps else None
     actor = Actor(model, run, kept=kept)
-    actor.optimizer.updates = (
-        1  # The first one of a run computes everything, the others are those that are timed.
-    )
+    # The first update of a run computes everything; those that are timed come later.
+    actor.optimizer.updates = 1
     answers = sampled_answers(job, model, kept)
     experience, shared = assessed(job, actor, answers)
     shared["answers"] = pad(answers, torch.long, -1)

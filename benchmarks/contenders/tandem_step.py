@@ -12,7 +12,6 @@ from shape import text
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
-    "keep_mb=0": {"keep_mb": 0},
     "keep_mb=512": {"keep_mb": 512},
     "compiled": {"compile": True},
 }

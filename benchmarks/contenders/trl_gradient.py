@@ -31,7 +31,7 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def inputs(job: Job, theirs: dict[str, Any]) -> dict[str, Any]:
-    """Prompts padded on the left, answers on the right; these, advantages and reference as Tandem has them: the two add
+    """Prompts padded on the left, answers on the right. Answers, advantages and reference are Tandem's, for the two add
     different constants (1e-4 and 1e-6) to the deviation that divides the advantages."""
     import torch
 

@@ -66,12 +66,13 @@ class Kept:
         self._place: slice | Tensor | None = None
         self._line_of: dict[tuple[int, ...], Tensor] = {}
         self.spared = 0.0
-        """Of the products of a forward pass, the share that the last one was given."""
+        """Of the products of a forward pass, the share that an update was given since room was made."""
 
     def open(self, lines: int) -> bool:
         """Make room for so many lines more, in the tables that are worth most; False where there is none."""
         if self._used:
             return self._used + lines <= self._room
+        self.spared = 0.0
         # Beside the one for rows that are done.
         tables = worthiest([(t.worth, t.line_bytes * (lines + 1)) for t in self._tables], self.limit)
         self._open = {self._tables[i].layers[0]: self._tables[i] for i in tables}
@@ -124,14 +125,14 @@ class Kept:
         """Inside, a forward pass over these rows gets what is kept of it, if that is there for all. `head_M` are
         the places in the line that the output head runs for, where that is done at once."""
         rows = (tuple(row[:end]) for row, end in zip(tokens_BT.tolist(), length_B.tolist(), strict=True))
-        lines = [self._line_of.get(row) for row in rows]
+        lines = [self._line_of.get(row) for row in rows] if self._line_of else [None]
         known = [line_T for line_T in lines if line_T is not None]
         tables = [table for table in self._open.values() if head_M is not None or not table.head]
         if len(known) < len(lines):
             tables = []
-        self.spared = sum(table.products for table in tables) / sum(table.products for table in self._tables)
         try:
             if tables:
+                self.spared = sum(t.products for t in tables) / sum(t.products for t in self._tables)
                 line_N = layout.line(nn.utils.rnn.pad_sequence(known, batch_first=True))
                 for table in tables:
                     table.give(line_N if head_M is None or not table.head else line_N[head_M])

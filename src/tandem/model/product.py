@@ -26,7 +26,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, known: Tensor | None = None
+        ctx: FunctionCtx, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, known: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
         return _onednn(x, weight_OI, bias_O) if known is None else known.view(*x.shape[:-1], -1)

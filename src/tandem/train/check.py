@@ -271,8 +271,7 @@ def on_one_host(run: Run, need: Memory) -> tuple[int, str]:
 
 SMALLER = (
     "lower sampling.slots, learner.tokens_per_forward, learner.logits_mb or learner.keep_mb, set "
-    "learner.checkpointing or "
-    "learner.optimizer.offload, or train an adapter (model.lora)"
+    "learner.checkpointing or learner.optimizer.offload, or train an adapter (model.lora)"
 )
 
 
