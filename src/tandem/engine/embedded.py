@@ -318,7 +318,8 @@ class _Decode:
         return min(self.clock - oldest + 1, self.slots.room.answer_columns)
 
     def _step(self) -> None:
-        self.lines.step([row.index for row in self.rows], self.done_B)
+        if self.lines.kept is not None:
+            self.lines.step([row.index for row in self.rows], self.done_B)
         self.steps.take(self._columns())
         self.clock += 1
         self.tokens += len(self.rows) - sum(self.done_B)

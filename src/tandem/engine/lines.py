@@ -57,7 +57,8 @@ class Lines:
 
 def lines_for(requests: Sequence[Request], params: SamplingParams, kept: Kept | None) -> Lines:
     """Lines of these requests, if all of them are to be kept from their beginning and there is room for them."""
+    if kept is None or not all(r.keep and not r.begun.tokens for r in requests):
+        return Lines(None, requests)
     limits = sum(min(r.max_tokens or params.max_tokens, params.max_tokens) for r in requests)
     prompts = sum(map(len, {r.tokens for r in requests}))
-    wanted = kept is not None and all(r.keep and not r.begun.tokens for r in requests)
-    return Lines(kept if wanted and kept.open(limits + prompts) else None, requests)
+    return Lines(kept if kept.open(limits + prompts) else None, requests)
