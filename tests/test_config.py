@@ -150,6 +150,10 @@ def test_a_key_unlike_any_other_gets_no_suggestion(tmp_path):
             "reward.functions.0.weight=.nan",
             "reward.functions.0.weight=NaN (override): expected finite number",
         ),
+        (
+            "reward.functions.0.args.deep=[1, {a: .nan}]",
+            "reward.functions.0.args (override): {'deep': [1, {'a': nan}]}: inf and nan cannot be written",
+        ),
         ("seed=9223372036854775808", "expected whole number at least 0 and below 9223372036854775808"),
         ("sampling.stop_tokens=[3, -1]", "expected list of whole numbers at least 0"),
         ("algorithm.clip.low=1.5", "expected number above 0 and below 1, or null"),

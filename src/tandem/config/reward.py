@@ -1,9 +1,10 @@
 """The section of the reward: the functions and the model that score answers, and what happens when scoring fails."""
 
+import json
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tandem.config.layout import Layout
 from tandem.config.section import Section
@@ -24,6 +25,17 @@ class RewardFunction(Section):
     """Factor in the sum."""
     args: dict[str, Any] = {}
     """Keyword arguments for the function."""
+
+    @field_validator("args")
+    @classmethod
+    def _can_be_written(cls, args: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(args, allow_nan=False)
+        except ValueError:
+            raise ValueError(
+                f"{args}: inf and nan cannot be written to config.yaml; give finite numbers"
+            ) from None
+        return args
 
 
 class RewardModel(Section):

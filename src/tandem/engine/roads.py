@@ -4,7 +4,6 @@ Every road has a sender's `offer` and a receiver's `read`; `rereadable` roads ca
 verifies everything before it changes anything.
 """
 
-import json
 import os
 import re
 import secrets
@@ -31,7 +30,6 @@ from tandem.model.parallel.meeting import meet
 
 BUCKET = 1 << 28
 """Bytes that a broadcast sends, and a file holds, at a time; a larger tensor goes alone."""
-MANIFEST = "weights.json"
 ADAPTER = "adapter_model.safetensors"
 SHARED = Path("/dev/shm")
 WRITTEN = re.compile(r"v\d+(\.tmp-[0-9a-f]+)?")
@@ -104,7 +102,6 @@ class FilesRoad:
             self._begin(self.root)
             tmp.mkdir(mode=0o700)
             offer = offer_of(version, "files", weights, _write(tmp, weights, verify), verify, str(folder))
-            (tmp / MANIFEST).write_text(json.dumps(offer.record()), encoding="utf-8")
             if folder.exists():
                 shutil.rmtree(folder)
             tmp.rename(folder)
@@ -117,17 +114,6 @@ class FilesRoad:
         for old in self._versions()[: -self.keep]:
             shutil.rmtree(old)
         return offer
-
-    def newest(self) -> Offer | None:
-        """The newest version that is there, for receivers that look for themselves."""
-        versions = self._versions()
-        if not versions:
-            return None
-        try:
-            record = json.loads((versions[-1] / MANIFEST).read_text(encoding="utf-8"))
-            return Offer.from_record(record, str(versions[-1]))
-        except (OSError, ValueError, KeyError, TypeError) as cause:
-            raise RunError(f"{versions[-1] / MANIFEST} is not a readable list of weights: {cause}") from cause
 
     def read(self, offer: Offer) -> Iterator[tuple[str, Tensor]]:
         if not Path(offer.place).is_dir():

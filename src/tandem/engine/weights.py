@@ -5,7 +5,7 @@ own before it touches anything, and the bytes of every tensor by checksum as the
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -63,17 +63,6 @@ class Offer:
     adapter: bool = False
     place: Any = None
     """Where the tensors are, in the road's own terms."""
-
-    def record(self) -> dict[str, Any]:
-        """As JSON values, without its place."""
-        kept = {"version": self.version, "road": self.road, "verify": self.verify, "adapter": self.adapter}
-        sums = None if self.checksums is None else dict(self.checksums)
-        return {**kept, "specs": [asdict(s) for s in self.specs], "checksums": sums}
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any], place: Any) -> "Offer":
-        specs = tuple(TensorSpec(**{**s, "shape": tuple(s["shape"])}) for s in record["specs"])
-        return cls(**{**record, "specs": specs, "place": place})
 
 
 class ModelWeights:
