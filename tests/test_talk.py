@@ -480,6 +480,31 @@ def test_eval_refuses_what_would_change_nothing(trained, key):
         assert f"tandem eval MODEL --recipe {settings}" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("sampling.temperature=0.5", "leave it out; eval.temperature is that of its answers"),
+        ("sampling.top_p=0.9", "no evaluation depends on sampling.top_p; leave it out"),
+        ("learner.optimizer.lr=1", "no evaluation depends on learner.optimizer.lr"),
+        ("steps=3", "no evaluation depends on steps"),
+        ("eval.every=2", "no evaluation depends on eval.every"),
+        ("evel.questions=3", "evel (override): unknown key. Did you mean eval?"),
+    ],
+)
+def test_eval_refuses_a_key_that_it_does_not_depend_on(trained, override, said):
+    refused = call("eval", trained, override)
+    assert refused.exit_code == 2 and said in refused.stderr, refused.output
+
+
+def test_eval_takes_whole_sections_and_the_keys_that_it_depends_on(trained, tmp_path):
+    section = "eval={questions: 3, answers: 2}"
+    done = call("eval", trained, section, "reward.functions.0.weight=2", "--json", tmp_path / "figures.json")
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "figures.json").read_text())
+    assert record["settings"]["questions"] == 3
+    assert record["figures"]["eval/reward"] == 2 * record["figures"]["eval/accuracy"]
+
+
 def test_eval_lets_a_recipe_be_given_the_model_that_is_measured(trained):
     folder = trained / "model"
     done = call(

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
@@ -71,8 +70,8 @@ def write_sharded(folder: Path, model: ShardedModel, optimizer: Optimizer) -> No
     steps = model.grid.over_stages(steps)
     if dist.get_rank() == 0:
         write_settings(folder / SETTINGS, model)
-        if isinstance(model.module, PeftModel):
-            model.module.peft_config["default"].save_pretrained(folder / SETTINGS)
+        if model.adapter is not None:
+            model.adapter.save_pretrained(folder / SETTINGS)
         write_json(folder / STATE, {"updates": optimizer.updates, "steps": steps})
     dist.barrier()
 
@@ -151,7 +150,7 @@ def export_sharded(folder: Path, target: Path, file_bytes: int = FILE_BYTES) -> 
 
 def _weights(model: LanguageModel) -> dict[str, Target]:
     """What trains, by its name in the files."""
-    if isinstance(model.module, PeftModel):
+    if model.adapter is not None:
         return adapter_targets(model)
     named = model.module.named_parameters()
     return {model.hf_name(n): target(model, n, local(weight)) for n, weight in named}

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from tandem.engine.random import key
@@ -74,7 +73,7 @@ def probe_of(model: LanguageModel, engine_dtype: torch.dtype) -> Probe:
     tokens = probe_tokens(model.vocab_size, model.max_positions)
     model.module.eval()
     base = None
-    if isinstance(model.module, PeftModel):
+    if model.adapter is not None:
         with model.base():
             base = tuple(policy_logp(model, tokens))
     return Probe(

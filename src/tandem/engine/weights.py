@@ -6,10 +6,9 @@ own before it touches anything, and the bytes of every tensor by checksum as the
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -17,6 +16,9 @@ from transformers import PreTrainedModel
 from tandem.errors import RunError
 from tandem.model import LanguageModel
 from tandem.model.mixture import apart
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 WIDTH, ROWS = 1024, 256
@@ -40,7 +42,7 @@ class TensorSpec:
 class Weights(Protocol):
     """Named tensors, each whole when it comes; on a sharded trainer both calls are made by all ranks."""
 
-    adapter: PeftConfig | None
+    adapter: "PeftConfig | None"
     """Set where the tensors are those of an adapter."""
 
     def specs(self) -> tuple[TensorSpec, ...]:
@@ -74,7 +76,7 @@ class ModelWeights:
 
     def __init__(self, model: LanguageModel, dtype: torch.dtype | None = None) -> None:
         self.tensors = named_tensors(model)
-        self.adapter = model.module.peft_config["default"] if isinstance(model.module, PeftModel) else None
+        self.adapter = model.adapter
         self.dtype = None if self.adapter else dtype
 
     def specs(self) -> tuple[TensorSpec, ...]:
@@ -88,7 +90,9 @@ class ModelWeights:
 
 def named_tensors(model: LanguageModel) -> dict[str, Tensor]:
     """The tensors themselves, by the name in a Hugging Face folder: what is written into them is the model's."""
-    if isinstance(model.module, PeftModel):
+    if model.adapter is not None:
+        from peft import get_peft_model_state_dict
+
         return dict(get_peft_model_state_dict(model.module, save_embedding_layers=False))
     network = model.network
     shared = {name for name, _ in network.named_parameters(remove_duplicate=False)}

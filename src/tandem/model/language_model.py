@@ -4,15 +4,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Embedding, ParamWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tandem.errors import ConfigError, RunError
+from tandem.model.adapter import adapter_of, adapts_weight, is_adapted
 from tandem.model.attention import Layout, Rows
 from tandem.model.finite import check_read
 from tandem.model.head import chosen_logprobs, head_of
@@ -20,6 +19,9 @@ from tandem.model.mixture import MIXTURES, apart, experts_first, is_mixture
 from tandem.model.parallel.mesh import ALONE, Mesh, norm_of
 from tandem.model.product import quicken
 from tandem.types import BatchT
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class LanguageModel:
@@ -29,14 +31,16 @@ class LanguageModel:
     """The processes that the model lies on."""
 
     def __init__(
-        self, module: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, source: str
+        self, module: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase, source: str
     ) -> None:
         quicken(module)
         self.module = module
         self.tokenizer = tokenizer
         self.source = source
         """Where the weights came from, for messages."""
-        self.network: PreTrainedModel = module.get_base_model() if isinstance(module, PeftModel) else module
+        self.adapter = adapter_of(module)
+        """Its settings; None where all weights are the model's own."""
+        self.network: PreTrainedModel = module.get_base_model() if self.adapter else module
         self.decoder: nn.Module = self.network.get_decoder()
         """The layers between embedding and output head, with both norms but without the head."""
         self.head: nn.Module = head_of(self.network)
@@ -143,7 +147,7 @@ class LanguageModel:
 
     def base(self) -> AbstractContextManager[None]:
         """The model without its adapter, while inside; only for models that have one."""
-        assert isinstance(self.module, PeftModel)
+        assert self.adapter is not None
         return self.module.disable_adapter()
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -177,13 +181,13 @@ class LanguageModel:
         """The module that adapts it, by each adapted weight; RunError where the weight is not to be found."""
         found = {}
         marks = (".lora_A.", ".lora_embedding_A.")
-        for stem in {name.partition(mark)[0] for name in named for mark in marks if mark in name}:
+        for stem, mark in {(name.partition(m)[0], m) for name in named for m in marks if m in name}:
             layer, base = self.module.get_submodule(stem), stem
-            leaf = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
-            while isinstance(self.module.get_submodule(base), LoraLayer):
+            leaf = layer.parameter_name if adapts_weight(layer) else "weight"
+            while is_adapted(self.module.get_submodule(base)):
                 base = f"{base}.base_layer"
-            fused = isinstance(layer, ParamWrapper) and layer.num_experts > 1
-            known = not isinstance(layer, Embedding) and (not fused or is_mixture(self.network.config))
+            fused = adapts_weight(layer) and layer.num_experts > 1
+            known = mark == marks[0] and (not fused or is_mixture(self.network.config))
             if f"{base}.{leaf}" not in named or not known:
                 raise RunError(
                     f"model.lora.targets: the adapter of {stem} cannot be merged into its weights, for it is neither "
@@ -205,7 +209,7 @@ class LanguageModel:
     def hf_name(self, name: str) -> str:
         """The name in `network`, were there no adapter, of a parameter of `module`. A folder has it under the same
         name, but for mixtures (`model/mixture.py`)."""
-        prefix = "base_model.model." if isinstance(self.module, PeftModel) else ""
+        prefix = "base_model.model." if self.adapter else ""
         return name.removeprefix(prefix).replace(".base_layer", "")
 
     def whole(self, name: str, weight: Tensor) -> Tensor:
@@ -231,7 +235,7 @@ class LanguageModel:
 
     def save_merged(self, folder: Path) -> None:
         """An ordinary Hugging Face folder, any adapter merged into the weights."""
-        if not isinstance(self.module, PeftModel):
+        if self.adapter is None:
             return self.save(folder)
         self.module.merge_adapter()
         try:

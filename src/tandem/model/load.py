@@ -2,9 +2,9 @@
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -22,6 +22,9 @@ from tandem.model.attention import NAME
 from tandem.model.language_model import LanguageModel
 from tandem.model.new import embedding_rows, new_network, new_tokenizer
 from tandem.model.place import means_folder, near
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 REFERENCE_KEY = "reference.path"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -214,7 +217,9 @@ def without_dropout(network: PreTrainedModel) -> PreTrainedModel:
     return network
 
 
-def with_adapter(network: PreTrainedModel, lora: Lora, seed: int, resume: Path | None) -> PeftModel:
+def with_adapter(network: PreTrainedModel, lora: Lora, seed: int, resume: Path | None) -> "PeftModel":
+    from peft import LoraConfig, PeftModel, get_peft_model
+
     if resume is not None:
         return PeftModel.from_pretrained(network, str(resume), is_trainable=True)
     torch.manual_seed(seed)

@@ -24,6 +24,28 @@ from tandem.rollout import Sampler
 from tandem.talk.place import Place
 from tandem.train.evaluation import Evaluation, evaluate, held_out_prompts, marked
 
+USED = (
+    *(
+        "data",
+        "device",
+        "eval.answers",
+        "eval.correct",
+        "eval.questions",
+        "eval.temperature",
+        "journal.samples",
+    ),
+    *("learner.logits_mb", "learner.tokens_per_forward", "model", "reward", "sampling.max_answer_tokens"),
+    *(
+        "sampling.min_answer_tokens",
+        "sampling.slots",
+        "sampling.stop",
+        "sampling.stop_tokens",
+        "seed",
+        "threads",
+    ),
+)
+"""Keys and sections of a run that an evaluation depends on."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
@@ -76,6 +98,7 @@ def settings_of(place: Place, recipe: str | None, overrides: list[str]) -> Run:
             run = load(place.checkpoint / "config.yaml", overrides)
     else:
         run = load(Path(place.given).expanduser() / "config.yaml", overrides)
+    check_used(overrides)
     if run.data.eval is None:
         raise ConfigError("data.eval is null: name held-out questions, for example data.eval=FILE")
     if place.folder is None:
@@ -105,6 +128,15 @@ def check_overrides(place: Place, recipe: str | None, overrides: list[str]) -> N
             f"{text}: eval measures the model that it is given, which is {place.given}; leave it out, or measure "
             f"another one: tandem eval MODEL --recipe {shlex.quote(str(settings))}"
         )
+
+
+def check_used(overrides: list[str]) -> None:
+    """ConfigError for one of a key that has nothing to do with an evaluation."""
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        if not any(f"{key}.".startswith(f"{used}.") or used.startswith(f"{key}.") for used in USED):
+            hint = "; eval.temperature is that of its answers" if key == "sampling.temperature" else ""
+            raise ConfigError(f"{text}: no evaluation depends on {key}; leave it out{hint}")
 
 
 def measure(run: Run, model: LanguageModel, given: str) -> Result:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
+from tandem.model.adapter import adapts_weight
 from tandem.model.mixture import experts_first, experts_in
 
 
@@ -34,16 +34,16 @@ def holders_in(module: nn.Module) -> Iterator[nn.Module]:
         yield chains[id(experts)][0] if id(experts) in chains else experts
 
 
-def _chains(module: nn.Module) -> dict[int, list[ParamWrapper]]:
+def _chains(module: nn.Module) -> dict[int, list[nn.Module]]:
     """The wrappers of each module with such adapters, by its identity, the outermost first."""
-    chains: dict[int, list[ParamWrapper]] = {}
+    chains: dict[int, list[nn.Module]] = {}
     for inner in module.modules():
-        if isinstance(inner, ParamWrapper):
+        if adapts_weight(inner):
             chains.setdefault(id(inner.get_base_layer()), []).append(inner)
     return chains
 
 
-def _forward(chain: list[ParamWrapper], *inputs: Any) -> Any:
+def _forward(chain: list[nn.Module], *inputs: Any) -> Any:
     base = chain[0].get_base_layer()
     weights: dict[str, Tensor] = dict(base.named_parameters(recurse=False))
     if not chain[0].disable_adapters:

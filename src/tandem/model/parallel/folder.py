@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch.distributed as dist
-from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -71,12 +70,12 @@ def write_folder(folder: Path, model: LanguageModel) -> None:
 
 def write_adapter(folder: Path, model: LanguageModel) -> None:
     """The folder of a PEFT adapter."""
-    assert isinstance(model.module, PeftModel)
+    assert model.adapter is not None
     whole = {name: values.cpu().contiguous() for name, values in adapter_weights(model)}
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(whole, folder / ADAPTER)
-        model.module.peft_config["default"].save_pretrained(folder)
+        model.adapter.save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
     dist.barrier()
 

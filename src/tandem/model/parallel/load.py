@@ -3,12 +3,11 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -38,6 +37,9 @@ from tandem.model.parallel.mesh import local
 from tandem.model.parallel.model import ShardedModel
 from tandem.model.parallel.pipeline import PipelinedModel
 from tandem.model.parallel.shard import on_grid
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def load_sharded(
@@ -84,7 +86,7 @@ def kind_of(grid: Grid) -> type[ShardedModel]:
     return ShardedModel if grid.pipeline.size == 1 else PipelinedModel
 
 
-def adapted(network: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
+def adapted(network: PreTrainedModel, lora: Lora, seed: int) -> "PeftModel":
     """With an adapter whose numbers are real, and those that one process would draw.
 
     PEFT moves adapters to where the weights are, so weights without storage are in host memory meanwhile, as views of
@@ -145,7 +147,7 @@ def tensors_in(folder: Path) -> dict[str, TensorStorageMetadata]:
 
 def read_saved(model: ShardedModel, folder: Path) -> None:
     """Fill the weights that `LanguageModel.save` wrote: all, or those of the adapter."""
-    if isinstance(model.module, PeftModel):
+    if model.adapter is not None:
         return read(model, adapter_targets(model), folder)
     read_weights(model, folder)
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,13 +22,16 @@ from tandem.model.parallel.mesh import local
 from tandem.model.parallel.shard import Root, fully_shard_all, on_grid, sum_copies
 from tandem.types import BatchT
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 class ShardedModel(LanguageModel):
     """Takes a model whose weights are whole or have no storage yet (meta device), and keeps this process's part."""
 
     def __init__(
         self,
-        module: PreTrainedModel | PeftModel,
+        module: "PreTrainedModel | PeftModel",
         tokenizer: PreTrainedTokenizerBase,
         source: str,
         grid: Grid,
@@ -166,7 +169,7 @@ class ShardedModel(LanguageModel):
             local(weight).copy_(everywhere.redistribute(placements=piece.placements).to_local())
 
     def save(self, folder: Path) -> None:
-        if isinstance(self.module, PeftModel):
+        if self.adapter is not None:
             return write_adapter(folder, self)
         write_folder(folder, self)
 

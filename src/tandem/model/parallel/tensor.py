@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from tandem.errors import ConfigError
+from tandem.model.adapter import is_adapted
 from tandem.model.head import gives_values, head_of
 from tandem.model.parallel.collectives import enter, gather, leave, scatter
 from tandem.model.parallel.grid import Axis
@@ -76,7 +76,7 @@ def split(
     if axis.size == 1:
         return {name: Part() for name, _ in module.named_parameters()}
     table, head = network.get_input_embeddings(), head_of(network)
-    if isinstance(table, LoraLayer) or isinstance(head, LoraLayer) or head.bias is not None:
+    if is_adapted(table) or is_adapted(head) or head.bias is not None:
         raise ConfigError(
             f"{where}.tensor={axis.size}: embedding and output head with an adapter or a bias cannot be split; "
             "leave them out of model.lora.targets, or use shard instead"
@@ -146,7 +146,7 @@ class _Scissors:
 
     def cut_linear(self, layer: nn.Module, *, column: bool) -> None:
         """A linear layer, or the adapted one that stands for it."""
-        if isinstance(layer, LoraLayer):
+        if is_adapted(layer):
             # Of the two factors, the one that meets the split side of the layer is split.
             for factor in (layer.lora_B if column else layer.lora_A).values():
                 self.cut_linear(factor, column=column)
@@ -168,7 +168,7 @@ def _enter_block(
 
 def _join(edges: Edges, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """After a layer split by rows. Each process has added the whole bias."""
-    bias = (layer.get_base_layer() if isinstance(layer, LoraLayer) else layer).bias
+    bias = (layer.get_base_layer() if is_adapted(layer) else layer).bias
     if bias is not None:
         output = output + bias * (1 / edges.axis.size - 1)
     return edges.out(output)

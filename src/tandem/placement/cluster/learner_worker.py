@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from torch import Tensor
 
 from tandem.config.run import Run
@@ -50,7 +49,7 @@ class GatheredWeights:
 
     def __init__(self, model: LanguageModel, dtype: torch.dtype) -> None:
         self.model = model
-        self.adapter = model.module.peft_config["default"] if isinstance(model.module, PeftModel) else None
+        self.adapter = model.adapter
         self.dtype = None if self.adapter else dtype
         self._specs = tuple(spec_of(name, tensor, self.dtype) for name, tensor in self._whole())
 

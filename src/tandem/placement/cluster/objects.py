@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import PeftConfig
 from torch import Tensor
 
 from tandem.engine.roads import BUCKET, buckets
 from tandem.engine.weights import Offer, TensorSpec, Weights, announced, checksum, verified
 from tandem.placement.cluster import port
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +19,7 @@ class Stored:
     """The tensors, some at a time in one object, and the settings of the adapter whose they are, if any."""
 
     parts: Sequence[Any]
-    adapter: PeftConfig | None
+    adapter: "PeftConfig | None"
 
 
 class ObjectsRoad:
