@@ -126,8 +126,9 @@ def row_scores(folder: Path, rows: Sequence[Sequence[int]]) -> list[float]:
 
 def twin(model: LanguageModel) -> PreTrainedModel:
     """The same weights under Transformers' eager attention and masks: shares none of Tandem's forward code."""
-    other = copy.deepcopy(model.network)
-    other.set_attn_implementation("eager")
+    other = type(model.network)(copy.deepcopy(model.network.config))
+    other.load_state_dict(model.network.state_dict())
+    other.to(model.network.dtype).eval().set_attn_implementation("eager")
     assert other.config._attn_implementation == "eager"
     return other
 

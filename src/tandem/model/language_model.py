@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from tandem.errors import ConfigError, RunError
 from tandem.model.adapter import adapter_of, adapts_weight, is_adapted
 from tandem.model.attention import Layout, Rows
+from tandem.model.feed_forward import lighten
 from tandem.model.finite import check_read
 from tandem.model.head import chosen_logprobs, head_of
 from tandem.model.mixture import MIXTURES, apart, experts_first, is_mixture
@@ -34,6 +35,7 @@ class LanguageModel:
         self, module: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase, source: str
     ) -> None:
         quicken(module)
+        lighten(module)
         self.module = module
         self.tokenizer = tokenizer
         self.source = source

@@ -15,6 +15,7 @@ from tandem.device import pick
 from tandem.engine.vllm_adapter import EXPERT
 from tandem.model import describe
 from tandem.model.attention import NAME, SCORES
+from tandem.model.feed_forward import is_known
 from tandem.model.load import DTYPES, with_adapter
 from tandem.model.new import new_network, new_tokenizer
 from tandem.model.product import FEW
@@ -44,6 +45,8 @@ class Shape:
     layers: int
     hidden: int
     feed_forward: int
+    gates: int
+    """Tensors of this width that a token's backward pass needs: gate, up and their product, and mostly silu(gate)."""
     query: int
     """Outputs of a layer's query projection."""
     key_value: int
@@ -94,7 +97,7 @@ class Shape:
             copies = self.active * (EXPERT_COPIES * self.hidden + 4 * self.expert_width)
             into, inner, between = word * self.hidden, 0, word * (self.hidden + copies)
         else:
-            into, inner, between = 2 * word * self.hidden, 4 * word * self.feed_forward, 0
+            into, inner, between = 2 * word * self.hidden, self.gates * word * self.feed_forward, 0
         between += 2 * norm * self.hidden
         whole = into + between / axes.token_shares(sequence)
         return (whole + (attention + inner) / axes.tensor) / axes.context
@@ -123,6 +126,7 @@ def shape_of(model: Model, tokenizer: PreTrainedTokenizerFast | None, path: str 
         layers=layers,
         hidden=int(text.hidden_size),
         feed_forward=int(text.intermediate_size),
+        gates=3 if any(map(is_known, network.modules())) else 4,
         query=projected(linear, "q_proj") // layers,
         key_value=projected(linear, "k_proj") + projected(linear, "v_proj"),
         normed=normed * (projected(linear, "q_proj") + projected(linear, "k_proj")) // layers,
