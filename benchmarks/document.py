@@ -77,7 +77,9 @@ def rollout_table(case: dict[str, Any]) -> str:
 
 
 def step_table(case: dict[str, Any]) -> str:
-    ours = fastest(case, "tandem_step")
+    ours = next(
+        (row for row in case["rows"] if is_run(row, "tandem_step") and row["setting"] == "default"), None
+    )
     with_peak = any("percent_of_peak" in row for row in case["rows"])
     heads = [
         "trainer",
@@ -124,8 +126,12 @@ def gradient_line(gate: dict[str, Any]) -> str:
 
 
 def fastest(case: dict[str, Any], contender: str) -> dict[str, Any] | None:
-    ran = [row for row in case["rows"] if row["contender"] == contender and "not_run" not in row]
+    ran = [row for row in case["rows"] if is_run(row, contender)]
     return max(ran, key=lambda row: row["tokens_per_second"], default=None)
+
+
+def is_run(row: dict[str, Any], contender: str) -> bool:
+    return row["contender"] == contender and "not_run" not in row
 
 
 def name_of(row: dict[str, Any]) -> list[str]:

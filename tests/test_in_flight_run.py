@@ -287,20 +287,20 @@ def held_against_their_weights(folder: Path, run, records) -> int:
 def test_tokens_are_of_the_weights_that_their_version_says(tmp_path, monkeypatch):
     """By files to one engine; then by broadcasts to two, of which one is killed and one hangs. No answer of the last
     steps can be begun by either, so others take their places."""
-    run_in(tmp_path, monkeypatch, steps=3)
+    run_in(tmp_path, monkeypatch, steps=5)
     hang, hit, after = hanging(monkeypatch), [], Session.after
 
     def strike(self, step, *rest):
         after(self, step, *rest)
-        if step in (3, 5):
-            hit.append(pids(tmp_path / "run", "engine")[-1 if step == 3 else 1])
-            (end if step == 3 else hang)(hit[-1])
+        if step in (5, 7):
+            hit.append(pids(tmp_path / "run", "engine")[-1 if step == 5 else 1])
+            (end if step == 5 else hang)(hit[-1])
 
     monkeypatch.setattr(Session, "after", strike)
     run, rows, records = run_in(
-        tmp_path, monkeypatch, steps=9, placement=PLACEMENT | {"engines": 2}, engine={"transfer": "broadcast"}
+        tmp_path, monkeypatch, steps=11, placement=PLACEMENT | {"engines": 2}, engine={"transfer": "broadcast"}
     )
-    by_files = held_against_their_weights(tmp_path, run, records[:3])
+    by_files = held_against_their_weights(tmp_path, run, records[:5])
     assert held_against_their_weights(tmp_path, run, records) > by_files > 0
     assert len(rows) == run.steps and max(row["rollout/lag_max"] for row in rows) == 1
     assert max(row["rollout/carried_share"] for row in rows) > 0
