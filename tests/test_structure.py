@@ -90,6 +90,13 @@ def test_heavy_optional_packages_are_imported_in_one_module_and_only_when_used(p
         assert package not in names, f"{file} imports {package} when it is imported itself"
 
 
+def test_peft_is_imported_where_there_is_an_adapter_only():
+    for file in FILES:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            imported = ast.unparse(node) if isinstance(node, ast.Import | ast.ImportFrom) else ""
+            assert not imported.startswith(("import peft", "from peft")), f"{file}:{node.lineno}: {imported}"
+
+
 def test_device_names_stand_in_one_module():
     for file in FILES:
         if room(file) == "device":

@@ -1,5 +1,4 @@
-"""What PEFT has put around a model, told without importing PEFT: that takes a tenth of a start, and few models have an
-adapter."""
+"""What PEFT has put around a model, told without importing PEFT: a start is shorter where there is no adapter."""
 
 from typing import TYPE_CHECKING
 

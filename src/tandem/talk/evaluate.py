@@ -25,24 +25,24 @@ from tandem.talk.place import Place
 from tandem.train.evaluation import Evaluation, evaluate, held_out_prompts, marked
 
 USED = (
-    *(
-        "data",
-        "device",
-        "eval.answers",
-        "eval.correct",
-        "eval.questions",
-        "eval.temperature",
-        "journal.samples",
-    ),
-    *("learner.logits_mb", "learner.tokens_per_forward", "model", "reward", "sampling.max_answer_tokens"),
-    *(
-        "sampling.min_answer_tokens",
-        "sampling.slots",
-        "sampling.stop",
-        "sampling.stop_tokens",
-        "seed",
-        "threads",
-    ),
+    "data",
+    "device",
+    "eval.answers",
+    "eval.correct",
+    "eval.questions",
+    "eval.temperature",
+    "journal.samples",
+    "learner.logits_mb",
+    "learner.tokens_per_forward",
+    "model",
+    "reward",
+    "sampling.max_answer_tokens",
+    "sampling.min_answer_tokens",
+    "sampling.slots",
+    "sampling.stop",
+    "sampling.stop_tokens",
+    "seed",
+    "threads",
 )
 """Keys and sections of a run that an evaluation depends on."""
 
