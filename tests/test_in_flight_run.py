@@ -298,7 +298,11 @@ def test_tokens_are_of_the_weights_that_their_version_says(tmp_path, monkeypatch
 
     monkeypatch.setattr(Session, "after", strike)
     run, rows, records = run_in(
-        tmp_path, monkeypatch, steps=11, placement=PLACEMENT | {"engines": 2}, engine={"transfer": "broadcast"}
+        tmp_path,
+        monkeypatch,
+        steps=11,
+        placement=PLACEMENT | {"engines": 2},
+        engine={"transfer": "broadcast"},
     )
     by_files = held_against_their_weights(tmp_path, run, records[:5])
     assert held_against_their_weights(tmp_path, run, records) > by_files > 0
