@@ -134,18 +134,16 @@ def cores() -> int:
 def keep_freed_memory() -> None:
     """Tensors of one micro-batch are laid where those of the last one lay: fresh pages are slow to come by.
 
-    By default glibc gives each large block back to the system when it is freed, and what one thread frees, as that of
-    the backward pass does, another thread cannot have.
+    By default glibc gives each large block back to the system when it is freed.
     """
     if not sys.platform.startswith("linux"):
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
         # The threshold is the highest that glibc takes.
-        settings = {M_MMAP_THRESHOLD: 32 * 2**20, M_TRIM_THRESHOLD: 2**30, M_ARENA_MAX: 1}
-        for parameter, value in settings.items():
+        for parameter, value in ((M_MMAP_THRESHOLD, 32 * 2**20), (M_TRIM_THRESHOLD, 2**30)):
             libc.mallopt(parameter, value)
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names of malloc.h."""
