@@ -486,6 +486,7 @@ def test_eval_refuses_what_would_change_nothing(trained, key):
         ("sampling.temperature=0.5", "leave it out; eval.temperature is that of its answers"),
         ("sampling.top_p=0.9", "no evaluation depends on sampling.top_p; leave it out"),
         ("learner.optimizer.lr=1", "no evaluation depends on learner.optimizer.lr"),
+        ("learner.logits_mb=64", "no evaluation depends on learner.logits_mb"),
         ("steps=3", "no evaluation depends on steps"),
         ("eval.every=2", "no evaluation depends on eval.every"),
         ("evel.questions=3", "evel (override): unknown key. Did you mean eval?"),

@@ -32,7 +32,7 @@ USED = (
     "eval.questions",
     "eval.temperature",
     "journal.samples",
-    "learner.logits_mb",
+    "learner.attention",
     "learner.tokens_per_forward",
     "model",
     "reward",

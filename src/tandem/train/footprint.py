@@ -46,7 +46,8 @@ class Shape:
     hidden: int
     feed_forward: int
     gates: int
-    """Tensors of this width that a token's backward pass needs: gate, up and their product, and mostly silu(gate)."""
+    """Tensors of this width that a token's backward pass needs: gate, up and their product, and silu(gate) where
+    `feed_forward` does not know the family."""
     query: int
     """Outputs of a layer's query projection."""
     key_value: int
